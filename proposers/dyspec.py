@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DySpec's greedy tree growth (arXiv 2410.11744, algorithm 1) over all requests of a batch.
+
+A node's value is the probability that its whole path is accepted,
+
+    v(node) = prod over the path of q(token | context),
+
+and the heap always adds the most valuable node, whichever request it belongs to. The paper draws
+the tokens and pays for each draw; here a source *names* the tokens, so a node's value is known
+before it is added, the trees are deterministic, and keeping a token that equals the target's own
+sample is exact. A value never exceeds its parent's, hence the n best nodes of a batch always form
+valid trees, and the cost model only has to choose n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+
+from proposers.cost_model import CostModel
+from proposers.mixture import Mixture, Prediction
+from proposers.source import State
+from proposers.tree import ROOT, TokenTree
+
+_CHECK_EVERY = 4
+"""Nodes between two tests whether growing on can still pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class DySpecOptions:
+    """Tunables of the drafter.
+
+    Attributes:
+        max_nodes: nodes per request.
+        max_batch_nodes: nodes over all requests of a step.
+        max_depth: longest path.
+        min_prob: nodes below this path probability are never added.
+        decay: weight of fresh target probabilities in the recycling tables.
+        trigram_capacity: contexts kept in the trigram table (64 bytes each, per namespace).
+    """
+
+    max_nodes: int = 32
+    max_batch_nodes: int = 128
+    max_depth: int = 16
+    min_prob: float = 0.02
+    decay: float = 0.5
+    trigram_capacity: int = 2**18
+
+    def __post_init__(self) -> None:
+        for name in ("max_nodes", "max_batch_nodes", "max_depth", "trigram_capacity"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"DySpecOptions: {name}={value}; it must be at least 1")
+        for name in ("min_prob", "decay"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"DySpecOptions: {name}={value}; it must be in (0, 1]")
+
+
+class Growth:
+    """One request's tree while it grows, and what was predicted at its expanded nodes."""
+
+    __slots__ = (
+        "_states",
+        "chain",
+        "children",
+        "depths",
+        "greedy",
+        "limit",
+        "parents",
+        "predictions",
+        "probs",
+        "tokens",
+    )
+
+    def __init__(self, states: list[State], *, greedy: bool, chain: bool, limit: int) -> None:
+        """Begin with the root in the context that `states` stand for; see `TreeGrower.grow`."""
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.probs: list[float] = []
+        self.depths: list[int] = []
+        self.greedy = greedy
+        self.chain = chain
+        self.limit = limit
+        self.children: dict[tuple[int, int], int] = {}
+        self.predictions: dict[int, Prediction] = {}
+        self._states: dict[int, list[State]] = {ROOT: states}
+
+    def expand(self, node: int, mixture: Mixture) -> Prediction:
+        """Predict what follows `node`; call once per node, its parent before it."""
+        if node == ROOT:
+            states = self._states[ROOT]
+        else:
+            states = mixture.advance(self._states[self.parents[node]], self.tokens[node])
+            self._states[node] = states
+        prediction = self.predictions[node] = mixture.predict(states, self.greedy)
+        return prediction
+
+    def add(self, parent: int, token: int, prob: float) -> int:
+        """Append a node and return its index."""
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.probs.append(prob)
+        self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
+        self.children[parent, token] = node
+        return node
+
+    def tree(self, n: int) -> TokenTree:
+        """The first `n` nodes."""
+        return TokenTree(tuple(self.tokens[:n]), tuple(self.parents[:n]), tuple(self.probs[:n]))
+
+
+def grow(
+    growths: Sequence[Growth],
+    mixture: Mixture,
+    cost: CostModel,
+    options: DySpecOptions,
+    *,
+    base_rows: int,
+    base_tokens: float,
+) -> list[TokenTree]:
+    """Grow the trees of a batch together and cut them where more nodes would not pay.
+
+    Args:
+        growths: one fresh growth per request; they are filled.
+        mixture: what predicts the tokens.
+        cost: latency by rows.
+        options: limits.
+        base_rows: rows of the step without drafts.
+        base_tokens: tokens that the step yields without drafts.
+
+    Returns:
+        One tree per growth, nodes best first.
+    """
+    limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
+    costs = cost.curve(base_rows + limit)[base_rows:]
+    target = cost.target_rate(base_tokens, costs[0])
+    steps = np.arange(1, limit + 1, dtype=np.float64)
+    floor, max_depth = options.min_prob, options.max_depth
+
+    heap: list[tuple[float, int, int, int, int]] = []
+    pushed = 0
+
+    def expand(index: int, growth: Growth, node: int, prob: float) -> None:
+        nonlocal pushed
+        found = growth.expand(node, mixture).probs
+        if growth.chain and found:
+            token = max(found, key=found.__getitem__)
+            found = {token: found[token]}
+        for token, q in found.items():
+            value = prob * min(q, 1.0)
+            if value >= floor:
+                heappush(heap, (-value, pushed, index, node, token))
+                pushed += 1
+
+    for index, growth in enumerate(growths):
+        expand(index, growth, ROOT, 1.0)
+
+    owners: list[int] = []
+    probs: list[float] = []
+    gained = base_tokens
+    while heap and len(owners) < limit:
+        negative, _, index, parent, token = heappop(heap)
+        growth, value = growths[index], -negative
+        if len(growth.tokens) >= growth.limit:
+            continue
+        n = len(owners)
+        if n % _CHECK_EVERY == 0 and not np.any(
+            gained + value * steps[: limit - n] > target * costs[n + 1 :]
+        ):
+            # Even if every further node were as good as this one, no size would beat the best.
+            break
+        node = growth.add(parent, token, value)
+        owners.append(index)
+        probs.append(value)
+        gained += value
+        target = max(target, gained / costs[n + 1])
+        if growth.depths[node] < max_depth and len(growth.tokens) < growth.limit:
+            expand(index, growth, node, value)
+
+    kept = [0] * len(growths)
+    for index in owners[: cost.best_size(base_rows, base_tokens, probs)]:
+        kept[index] += 1
+    return [growth.tree(n) for growth, n in zip(growths, kept, strict=True)]

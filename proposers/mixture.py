@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One calibrated prediction from several sources: a mixture whose weights are learned online.
+
+With sources s, each in a confidence bucket b_s for the context at hand, and b = (b_1, b_2, ...),
+
+    q(t | context) = sum_s w_s(b) * p_s(t | context),      sum_s w_s(b) = 1 - w_0(b)
+
+where w_0 is the weight of "none of the sources". Online expectation-maximisation (Cappe and
+Moulines, arXiv 0712.4273) moves the weights towards the responsibilities of the token t that the
+target chose,
+
+    w <- (1 - eta) * w + eta * r,      r_s proportional to w_s * p_s(t),
+
+so that q becomes the rate at which drafted tokens are accepted. A source's own missing mass
+1 - sum_t p_s(t) stands, like w_0, for the tokens that no source named. Requests sampled greedily
+and at a temperature accept at different rates and have separate weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proposers.source import Candidates, Source, State
+
+_PRIOR_STRENGTH = 16.0
+"""Observations that the prior weights count for."""
+
+_MEMORY = 400.0
+"""Observations after which old ones begin to be forgotten."""
+
+_PRIOR_LEAK = 0.02
+"""Share of the prior in every update: keeps a weight from reaching 0, where EM would leave it."""
+
+
+class _Weights:
+    """The mixture weights of one combination of buckets, one per source."""
+
+    __slots__ = ("count", "prior", "values")
+
+    def __init__(self, odds: Sequence[float]) -> None:
+        total = 1.0 + sum(odds)
+        self.prior = [o / total for o in odds]
+        self.values = list(self.prior)
+        self.count = _PRIOR_STRENGTH
+
+    def move(self, responsibilities: Sequence[float]) -> None:
+        self.count = min(self.count + 1.0, _MEMORY)
+        eta = 1.0 / self.count
+        self.values = [
+            value + eta * ((1.0 - _PRIOR_LEAK) * r + _PRIOR_LEAK * prior - value)
+            for value, r, prior in zip(self.values, responsibilities, self.prior, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Prediction:
+    """What the mixture expects after one context.
+
+    Attributes:
+        probs: estimated acceptance probability of each candidate token.
+        weights: the cell of the mixture that was used.
+        candidates: what each source said, in the mixture's order.
+    """
+
+    probs: dict[int, float]
+    weights: _Weights
+    candidates: list[Candidates]
+
+
+class Mixture:
+    """Mixes the candidates of `sources`; order matters only for reproducibility."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self._cells: dict[tuple[int, ...], _Weights] = {}
+
+    def root(self, request: str) -> list[State]:
+        """Every source's state of a request's committed context."""
+        return [source.root(request) for source in self.sources]
+
+    def advance(self, states: list[State], token: int) -> list[State]:
+        """Every source's state after one more token."""
+        return [
+            source.advance(state, token) for source, state in zip(self.sources, states, strict=True)
+        ]
+
+    def predict(self, states: list[State], greedy: bool) -> Prediction:
+        """The mixture in a context, by the rules for greedy or for sampled requests."""
+        key = [int(greedy)]
+        candidates = []
+        for source, state in zip(self.sources, states):  # noqa: B905 (hot: strict costs time)
+            bucket, found = source.candidates(state)
+            key.append(bucket)
+            candidates.append(found)
+        weights = self._cells.get(tuple(key)) or self._new_cell(key)
+        probs: dict[int, float] = {}
+        for weight, found in zip(weights.values, candidates):  # noqa: B905
+            if not probs:
+                probs = {token: weight * prob for token, prob in found}
+                continue
+            for token, prob in found:
+                if token in probs:
+                    probs[token] += weight * prob
+                else:
+                    probs[token] = weight * prob
+        return Prediction(probs, weights, candidates)
+
+    def _new_cell(self, key: Sequence[int]) -> _Weights:
+        greedy = bool(key[0])
+        odds = [s.prior(b, greedy) for s, b in zip(self.sources, key[1:], strict=True)]
+        cell = self._cells[tuple(key)] = _Weights(odds)
+        return cell
+
+    def learn(self, prediction: Prediction, token: int) -> None:
+        """Tell which token the target chose where `prediction` was made."""
+        values = prediction.weights.values
+        if token in prediction.probs:
+            shares = [
+                weight * sum(p for t, p in found if t == token)
+                for weight, found in zip(values, prediction.candidates, strict=True)
+            ]
+            none = 0.0
+        else:
+            shares = [
+                weight * max(0.0, 1.0 - sum(p for _, p in found))
+                for weight, found in zip(values, prediction.candidates, strict=True)
+            ]
+            none = 1.0 - sum(values)
+        total = none + sum(shares)
+        if total > 0.0:
+            prediction.weights.move([share / total for share in shares])

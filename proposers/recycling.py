@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token Recycling (arXiv 2408.08696): the target's own top-k, kept as an adjacency table.
+
+Every verified row says which tokens the target finds likely after a context. The table is keyed by
+the last token (`BigramRecycling`, the paper's adjacency matrix) or by the last two
+(`TrigramRecycling`), and later visits of the same context draft from it. In place of the paper's
+overwriting, probabilities decay:
+
+    p(t | c) <- (1 - decay) * p(t | c) + decay * p_target(t)
+
+and the `WIDTH` largest are kept; the first visit of a context stores the target's values as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proposers.source import Candidates, VerifiedRows
+
+WIDTH = 8
+"""Successors kept per context."""
+
+_NEGLIGIBLE = 0.01
+"""Successors below this probability are not drafted: they never pay for a row."""
+
+
+def merge_topk(
+    old_ids: NDArray[np.int32],
+    old_probs: NDArray[np.float32],
+    new_ids: NDArray[np.int32],
+    new_probs: NDArray[np.float32],
+    decay: float,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Blend R rows of stored successors with R rows of fresh ones and keep the best `WIDTH`.
+
+    A probability of 0 marks an empty slot. Ties go to the fresh row, then to the lower column.
+
+    Args:
+        old_ids: int32 [R, WIDTH], distinct within a row where the probability is positive.
+        old_probs: float32 [R, WIDTH].
+        new_ids: int32 [R, K], distinct within a row where the probability is positive.
+        new_probs: float32 [R, K].
+        decay: weight of the fresh row, in (0, 1].
+
+    Returns:
+        int32 [R, WIDTH] and float32 [R, WIDTH], by falling probability.
+    """
+    rate = np.where(old_probs.any(axis=1, keepdims=True), np.float32(decay), np.float32(1.0))
+    old = old_probs * (1 - rate)
+    new = new_probs * rate
+    same = (new_ids[:, :, None] == old_ids[:, None, :]) & (new_probs > 0)[:, :, None]
+    new += np.matmul(same, old[:, :, None], dtype=np.float32)[:, :, 0]
+    old[same.any(axis=1)] = 0.0
+    ids = np.concatenate([new_ids, old_ids], axis=1)
+    probs = np.concatenate([new, old], axis=1)
+    order = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(probs, order, axis=1)
+
+
+class _Table:
+    """Successors by context key; oldest keys are overwritten when `capacity` is reached."""
+
+    def __init__(self, capacity: int) -> None:
+        # np.zeros maps pages on first use: a table costs memory only for the contexts it has seen.
+        self.ids = np.zeros((capacity, WIDTH), np.int32)
+        self.probs = np.zeros((capacity, WIDTH), np.float32)
+        self._capacity = capacity
+        self._slot_of: dict[int, int] = {}
+        self._key_of: list[int] = []
+        self._next = 0
+
+    def update(self, rows: dict[int, int], fresh: VerifiedRows, decay: float) -> None:
+        """Merge in the rows of `fresh` that `rows` names (key -> row number)."""
+        slots = [self._claim(key) for key in rows]
+        # A slot claimed twice (more contexts in one step than capacity) keeps its last claim.
+        kept = dict(zip(slots, rows.values(), strict=True))
+        at = np.fromiter(kept.keys(), np.int64, len(kept))
+        row = np.fromiter(kept.values(), np.int64, len(kept))
+        self.ids[at], self.probs[at] = merge_topk(
+            self.ids[at],
+            self.probs[at],
+            fresh.top_ids[row].astype(np.int32),
+            fresh.top_probs[row],
+            decay,
+        )
+
+    def successors(self, key: int) -> Candidates:
+        slot = self._slot_of.get(key)
+        if slot is None:
+            return []
+        return [
+            (token, prob)
+            for token, prob in zip(self.ids[slot].tolist(), self.probs[slot].tolist(), strict=True)
+            if prob > _NEGLIGIBLE
+        ]
+
+    def _claim(self, key: int) -> int:
+        slot = self._slot_of.get(key)
+        if slot is not None:
+            return slot
+        slot = self._next
+        self._next = (slot + 1) % self._capacity
+        if slot < len(self._key_of):
+            del self._slot_of[self._key_of[slot]]
+            self._key_of[slot] = key
+            self.probs[slot] = 0.0
+        else:
+            self._key_of.append(key)
+        self._slot_of[key] = slot
+        return slot
+
+
+_Context: TypeAlias = tuple[_Table, int, int]
+"""A table and a context's last two tokens; a plain tuple, because every tree node makes one."""
+
+
+class _Recycling:
+    """What both keyings share: tables per namespace, and the last two tokens per request."""
+
+    def __init__(self, capacity: int, *, decay: float = 0.5, max_namespaces: int = 8) -> None:
+        """See the public classes.
+
+        Raises:
+            ValueError: for a capacity or a number of namespaces below 1, or a decay not in (0, 1].
+        """
+        if capacity < 1 or max_namespaces < 1:
+            raise ValueError(
+                f"recycling: capacity={capacity}, max_namespaces={max_namespaces}; "
+                "both must be at least 1"
+            )
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"recycling: decay={decay}; it must be in (0, 1]")
+        self._capacity = capacity
+        self._decay = decay
+        self._max_namespaces = max_namespaces
+        self._tables: OrderedDict[int, _Table] = OrderedDict()
+        self._requests: dict[str, _Context] = {}
+
+    def start(
+        self, request: str, tokens: Sequence[int], *, greedy: bool, namespace: int = 0
+    ) -> None:
+        """Begin a request; see `Source.start`."""
+        self._requests[request] = _after((self._table(namespace), -1, -1), tokens)
+
+    def extend(self, request: str, tokens: Sequence[int]) -> None:
+        """Append committed tokens."""
+        self._requests[request] = _after(self._requests[request], tokens)
+
+    def stop(self, request: str) -> None:
+        """Forget a request; unknown ones are ignored."""
+        self._requests.pop(request, None)
+
+    def observe(self, rows: VerifiedRows) -> None:
+        """Merge the rows into the tables; of rows that share a context the last one counts."""
+        contexts = rows.contexts.tolist()
+        by_namespace: dict[int, dict[int, int]] = {}
+        for row, ((before, last), namespace) in enumerate(
+            zip(contexts, rows.namespaces.tolist(), strict=True)
+        ):
+            key = self._key(before, last)
+            if key >= 0:
+                by_namespace.setdefault(namespace, {})[key] = row
+        for namespace, keyed in by_namespace.items():
+            self._table(namespace).update(keyed, rows, self._decay)
+
+    def root(self, request: str) -> _Context:
+        """The committed context."""
+        return self._requests[request]
+
+    def advance(self, state: _Context, token: int) -> _Context:
+        """The context after one more token."""
+        return state[0], state[2], token
+
+    def candidates(self, state: _Context) -> tuple[int, Candidates]:
+        """Bucket 1 if the context is in the table, else 0; and its successors."""
+        table, before, last = state
+        found = table.successors(self._key(before, last))
+        return (1 if found else 0), found
+
+    def prior(self, bucket: int, greedy: bool) -> float:
+        """See `Source.prior`."""
+        raise NotImplementedError
+
+    def _key(self, before: int, last: int) -> int:
+        raise NotImplementedError
+
+    def _table(self, namespace: int) -> _Table:
+        table = self._tables.get(namespace)
+        if table is None:
+            table = self._tables[namespace] = _Table(self._capacity)
+            if len(self._tables) > self._max_namespaces:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(namespace)
+        return table
+
+
+def _after(context: _Context, tokens: Sequence[int]) -> _Context:
+    table, *old = context
+    before, last = [*old, *tokens[-2:]][-2:]
+    return table, before, last
+
+
+class BigramRecycling(_Recycling):
+    """Successors of the last token.
+
+    Args:
+        capacity: contexts kept per namespace (64 bytes each); the vocabulary size keeps all.
+        decay: weight of a fresh row against the stored ones.
+        max_namespaces: tables kept; the least recently used one is dropped first.
+    """
+
+    def prior(self, bucket: int, greedy: bool) -> float:
+        """See `Source.prior`."""
+        return 0.5 if bucket else 0.0
+
+    def _key(self, before: int, last: int) -> int:
+        return last
+
+
+class TrigramRecycling(_Recycling):
+    """Successors of the last two tokens; the arguments are those of `BigramRecycling`."""
+
+    def prior(self, bucket: int, greedy: bool) -> float:
+        """See `Source.prior`."""
+        return 1.5 if bucket else 0.0
+
+    def _key(self, before: int, last: int) -> int:
+        return before << 32 | last if before >= 0 and last >= 0 else -1

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree attention for vLLM's CPU backend.
+
+A tree row sees the committed context of its request and its own ancestors:
+``softmax(q K^T * scale + mask) V`` with mask 0 for context and ancestors, -inf for siblings and their
+descendants.  All other rows, and every step without a branching tree, run on the stock kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from vllm_ext.attention.layout import KeyLayout, read_values, split_cache
+from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, TreeRows
+
+
+class TreeCPUAttentionBackend(CPUAttentionBackend):
+    """``CPU_ATTN`` with tree rows; everything else is inherited."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeCPUAttentionBackendImpl]:
+        """Return the implementation that knows trees."""
+        return TreeCPUAttentionBackendImpl
+
+
+class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
+    """Stock implementation plus tree attention for the rows that need it.
+
+    Attributes:
+        key_layout: set by the worker after probing; ``None`` until then and where trees are refused.
+    """
+
+    key_layout: KeyLayout | None = None
+
+    def why_no_trees(self) -> str | None:
+        """Return why this layer cannot verify trees, or ``None`` if it can."""
+        if self.attn_type != AttentionType.DECODER:
+            return f"attention type {self.attn_type}"
+        if self.alibi_slopes is not None:
+            return "ALiBi positions"
+        if self.sinks is not None:
+            return "attention sinks"
+        if self.logits_soft_cap:
+            return "logits soft cap"
+        if self.is_fp8_kv_cache:
+            return "quantised KV cache"
+        return None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; see the stock method.  Tree rows of ``output`` are written here, the rest there."""
+        step: AttentionStep | None = getattr(attn_metadata, STEP_ATTRIBUTE, None)
+        if step is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        if not step.only_trees:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+            )
+        if key is not None and self.kv_sharing_target_layer_name is None:
+            # Cloned by index_select: under torch.compile the buffers are reused by the next layer.
+            step.stash[layer.layer_name] = (
+                key.index_select(0, step.rows),
+                value.index_select(0, step.rows),
+            )
+        for tree in step.trees:
+            rows = slice(tree.start, tree.start + tree.size)
+            output[rows] = self._attend(step, tree, query[rows], kv_cache, attn_metadata)
+        return output
+
+    def _attend(
+        self,
+        step: AttentionStep,
+        tree: TreeRows,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+    ) -> torch.Tensor:
+        """Attention of one tree.
+
+        Args:
+            step: the step, which caches the mask for its other layers.
+            tree: the tree.
+            query: [rows, heads, head_size].
+            kv_cache: the layer's cache, with the keys and values of this step already written.
+            attn_metadata: stock metadata of the layer's KV group.
+
+        Returns:
+            [rows, heads, head_size].
+        """
+        assert self.key_layout is not None, "tree attention before the key layout was probed"
+        block_size = self.key_layout.block_size
+        blocks = -(-(tree.base + tree.size) // block_size)
+        table = attn_metadata.block_table[tree.request, :blocks]
+        key_cache, value_cache = split_cache(kv_cache)
+        keys = self.key_layout.read(key_cache.index_select(0, table))
+        values = read_values(value_cache.index_select(0, table))
+        mask = tree_mask(step, tree, blocks * block_size, self.sliding_window, query.dtype)
+        return grouped_attention(query, keys, values, mask, self.scale)
+
+
+def tree_mask(
+    step: AttentionStep, tree: TreeRows, columns: int, window: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive mask [rows, columns] of a tree, built once per step.
+
+    Args:
+        step: holds the cache of masks.
+        tree: the tree; column ``base + i`` is its row i.
+        columns: padded number of slots.
+        window: sliding window in *positions*, or -1; slots of a tree are not its positions.
+        dtype: of the result.
+    """
+    key = (tree.request, columns, window, dtype)
+    mask = step.masks.get(key)
+    if mask is None:
+        visible = torch.zeros((tree.size, columns), dtype=torch.bool)
+        visible[:, : tree.base] = True
+        visible[:, tree.base : tree.base + tree.size] = torch.from_numpy(tree.visible)
+        if window >= 0:
+            depths = torch.from_numpy(tree.depths)
+            position = torch.arange(columns)
+            position[tree.base : tree.base + tree.size] = tree.base + depths
+            visible &= (tree.base + depths)[:, None] - position[None, :] < window
+        mask = torch.zeros((tree.size, columns), dtype=dtype).masked_fill_(~visible, float("-inf"))
+        step.masks[key] = mask
+    return mask
+
+
+def grouped_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Masked attention with grouped query heads.
+
+    Args:
+        query: [rows, heads, head_size].
+        keys: [kv_heads, slots, head_size].
+        values: [kv_heads, slots, head_size].
+        mask: additive [rows, slots].
+        scale: of the scores.
+
+    Returns:
+        [rows, heads, head_size].
+    """
+    rows, heads, size = query.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    # The heads of a group share keys: stacked as rows of one head, the keys are read once.
+    stacked = query.view(rows, kv_heads, group, size).permute(1, 2, 0, 3)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        stacked.reshape(1, kv_heads, group * rows, size),
+        keys[None],
+        values[None],
+        attn_mask=mask.repeat(group, 1)[None, None],
+        scale=scale,
+    )
+    return attended.view(kv_heads, group, rows, size).permute(2, 0, 1, 3).reshape(rows, heads, size)

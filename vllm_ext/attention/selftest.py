@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up self-test of CPU tree attention, on random keys and values.
+
+A wrong cache layout or mask does not crash: it changes the text.  So before any request: (1) tree
+attention of a chain must equal the stock kernel; (2) tree attention of a random tree must equal dense
+attention with an explicit mask in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+
+from proposers.tree import TokenTree
+from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, TreeRows
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_NODES = 12
+
+
+def self_test(layer: Any, dtype: torch.dtype) -> str | None:
+    """Test one attention layer on a scratch cache.
+
+    Args:
+        layer: vLLM ``Attention`` layer whose impl has its ``key_layout``.
+        dtype: of queries, keys and values.
+
+    Returns:
+        What is wrong, or ``None``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    block_size = layer.kv_cache.shape[2]
+    base = block_size + block_size // 2 + 3  # the tree crosses no, the context one block border
+    for seed, tree in enumerate((_chain(), _random_tree(0), _random_tree(1))):
+        case = _Case(layer, dtype, base + seed * (block_size // 4), tree, generator)
+        ours = case.tree_attention()
+        expected = case.stock() if tree.is_chain else case.dense()
+        error = float((ours.double() - expected.double()).abs().max())
+        if not math.isfinite(error) or error > _TOLERANCE[dtype]:
+            name = "the stock kernel" if tree.is_chain else "dense masked attention"
+            return f"self-test: tree attention differs from {name} by {error:.2g}"
+    return None
+
+
+def _chain() -> TokenTree:
+    return TokenTree.chain(list(range(_NODES)), [0.5] * _NODES)
+
+
+def _random_tree(seed: int) -> TokenTree:
+    rng = np.random.default_rng(seed)
+    parents = tuple(int(rng.integers(-1, node)) for node in range(_NODES))
+    return TokenTree(tuple(range(_NODES)), parents, (0.5,) * _NODES)
+
+
+class _Case:
+    """Random keys and values of one request, written into a scratch cache with shuffled blocks."""
+
+    def __init__(
+        self,
+        layer: Any,
+        dtype: torch.dtype,
+        base: int,
+        tree: TokenTree,
+        generator: torch.Generator,
+    ) -> None:
+        impl, cache = layer.impl, layer.kv_cache
+        self.layer, self.impl = layer, impl
+        self.rows = TreeRows.build(0, 0, base, tree)
+        total = base + self.rows.size
+        block_size = cache.shape[2]
+        blocks = -(-total // block_size)
+        self.cache = torch.zeros((blocks + 1, *cache.shape[1:]), dtype=cache.dtype)
+        self.table = 1 + torch.randperm(blocks, generator=generator)
+        shape = (total, impl.num_kv_heads, impl.head_size)
+        self.keys = torch.randn(shape, generator=generator).to(dtype)
+        self.values = torch.randn(shape, generator=generator).to(dtype)
+        self.query = torch.randn(
+            (self.rows.size, impl.num_heads, impl.head_size), generator=generator
+        ).to(dtype)
+        position = torch.arange(total)
+        self.slots = self.table[position // block_size] * block_size + position % block_size
+        impl.do_kv_cache_update(layer, self.keys, self.values, self.cache, self.slots)
+
+    def tree_attention(self) -> torch.Tensor:
+        """Ours, through the impl's own forward."""
+        step = AttentionStep([self.rows], torch.arange(self.rows.size), only_trees=True)
+        metadata = SimpleNamespace(block_table=self.table[None].to(torch.int32))
+        setattr(metadata, STEP_ATTRIBUTE, step)
+        output = torch.full_like(self.query, float("nan"))
+        base = self.rows.base
+        self.impl.forward(
+            self.layer,
+            self.query,
+            self.keys[base:],
+            self.values[base:],
+            self.cache,
+            metadata,
+            output,
+        )
+        return output
+
+    def stock(self) -> torch.Tensor:
+        """The stock kernel, which takes the rows for a chain."""
+        rows, total = self.rows.size, len(self.keys)
+        starts = torch.tensor([0, rows], dtype=torch.int32)
+        lengths = torch.tensor([total], dtype=torch.int32)
+        metadata = CPUAttentionMetadata(
+            num_actual_tokens=rows,
+            max_query_len=rows,
+            query_start_loc=starts,
+            max_seq_len=total,
+            seq_lens=lengths,
+            block_table=self.table[None].to(torch.int32),
+            slot_mapping=self.slots[self.rows.base :],
+            scheduler_metadata=ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=1,
+                num_heads=self.impl.num_heads,
+                num_kv_heads=self.impl.num_kv_heads,
+                head_dim=self.impl.head_size,
+                seq_lens=lengths,
+                dtype=self.query.dtype,
+                query_start_loc=starts,
+                causal=True,
+                sliding_window_size=self.impl.sliding_window,
+                isa=self.layer.isa,
+                enable_kv_split=False,
+                kv_cache_dtype=self.impl.kv_cache_dtype,
+            ),
+        )
+        output = torch.empty_like(self.query)
+        base = self.rows.base
+        CPUAttentionBackendImpl.forward(
+            self.impl,
+            self.layer,
+            self.query,
+            self.keys[base:],
+            self.values[base:],
+            self.cache,
+            metadata,
+            output,
+        )
+        return output
+
+    def dense(self) -> torch.Tensor:
+        """Masked attention over the plain keys and values, in float64."""
+        rows, base, total = self.rows, self.rows.base, len(self.keys)
+        group = self.impl.num_heads // self.impl.num_kv_heads
+        keys = self.keys.double().repeat_interleave(group, dim=1)
+        values = self.values.double().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", self.query.double(), keys) * self.impl.scale
+        position = torch.cat([torch.arange(base), base + torch.from_numpy(rows.depths)])
+        seen = torch.ones((rows.size, total), dtype=torch.bool)
+        seen[:, base:] = torch.from_numpy(rows.visible)
+        if self.impl.sliding_window >= 0:
+            seen &= position[base:, None] - position[None, :] < self.impl.sliding_window
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From ``{"method": "dyspec", ...}`` to a configuration that stock vLLM accepts.
+
+vLLM's ``SpeculativeConfig`` takes a closed list of methods and no free-form options.  We ride on its
+``custom_class`` (which selects Model Runner V1 and synchronous scheduling), name our worker in
+``worker_cls`` and carry the options in ``additional_config``: small, JSON, hashed by vLLM into the key of
+its compile cache.  The translation is idempotent: vLLM may build a configuration twice from one
+``EngineArgs``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm_ext.methods import METHODS, DySpecConfig, OptionError, parse_options
+
+CONFIG_KEY = "vllm_ext"
+"""Key of ``VllmConfig.additional_config`` under which the method and its options travel."""
+
+PLACEHOLDER_CLASS = "vllm_ext.proposer.TreeProposer"
+CPU_WORKER = "vllm_ext.worker.cpu.TreeCPUWorker"
+GPU_WORKER = "vllm_ext.worker.gpu.TreeGPUWorker"
+
+
+def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Rewrite ``engine_args.speculative_config`` in place if it names one of our methods.
+
+    Args:
+        engine_args: vLLM's ``EngineArgs``.
+        model_config: the target's ``ModelConfig``.
+        parallel_config: the ``ParallelConfig``; gets ``worker_cls``.
+
+    Raises:
+        OptionError: bad options or an impossible combination, before any engine process starts.
+    """
+    config = _merged_config(engine_args)
+    if config is None:
+        return
+    if config.get("model") == PLACEHOLDER_CLASS:  # second pass over the same EngineArgs
+        if CONFIG_KEY not in (engine_args.additional_config or {}):
+            raise OptionError(
+                f"'{PLACEHOLDER_CLASS}' cannot be named as a custom_class by hand; use "
+                '{"method": "dyspec"}'
+            )
+        parallel_config.worker_cls = _worker_class(parallel_config)
+        return
+    method = METHODS.get(str(config.get("method")))
+    if method is None:
+        return
+    given = {k.replace("-", "_"): v for k, v in config.items() if k != "method"}
+    options = parse_options(method, given)
+    _refuse_impossible(engine_args, model_config, parallel_config)
+
+    engine_args.spec_method = engine_args.spec_tokens = None  # merged above; a second merge raises
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": PLACEHOLDER_CLASS,
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }
+    engine_args.additional_config = {
+        **(engine_args.additional_config or {}),
+        CONFIG_KEY: {"method": method.name, "options": options.model_dump()},
+    }
+    parallel_config.worker_cls = _worker_class(parallel_config)
+
+
+def read_options(vllm_config: Any) -> tuple[str, DySpecConfig]:
+    """Return the method's name and options from a finished ``VllmConfig`` (worker side)."""
+    carried = vllm_config.additional_config[CONFIG_KEY]
+    method = METHODS[carried["method"]]
+    return method.name, parse_options(method, carried["options"])
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether a finished ``SpeculativeConfig`` was made by :func:`translate`."""
+    return speculative_config is not None and speculative_config.model == PLACEHOLDER_CLASS
+
+
+def _merged_config(engine_args: Any) -> dict[str, Any] | None:
+    """The speculative config with ``--spec-method`` and ``--spec-tokens`` merged in, as vLLM does."""
+    flags = {"method": engine_args.spec_method, "num_speculative_tokens": engine_args.spec_tokens}
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = engine_args.speculative_config
+    if not config and not given:
+        return None
+    config = dict(config or {})
+    if config.get("method", given.get("method")) not in METHODS:
+        return config  # not ours: vLLM merges, and complains, itself
+    for key, value in given.items():
+        if key in config:
+            flag = {"method": "--spec-method", "num_speculative_tokens": "--spec-tokens"}[key]
+            raise OptionError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
+        config[key] = value
+    if engine_args.spec_model is not None:
+        raise OptionError(f"--spec-model is given, but '{config['method']}' uses no draft model")
+    return config
+
+
+def _worker_class(parallel_config: Any) -> str:
+    from vllm.platforms import current_platform
+
+    ours = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+    if parallel_config.worker_cls not in ("auto", ours):
+        raise OptionError(
+            f"worker_cls is '{parallel_config.worker_cls}', but our speculative methods bring their "
+            f"own ({ours}): remove --worker-cls"
+        )
+    return ours
+
+
+def _refuse_impossible(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Refuse, before the engine starts, what cannot be exact."""
+    from vllm.platforms import current_platform
+
+    problems: list[str] = []
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "").lower() in ("1", "true"):
+        problems.append(
+            "VLLM_USE_V2_MODEL_RUNNER forces Model Runner V2, our methods run on V1: unset it or "
+            "set it to 0"
+        )
+    if parallel_config.pipeline_parallel_size > 1:
+        problems.append(
+            f"pipeline_parallel_size is {parallel_config.pipeline_parallel_size}: trees are known "
+            "on the last stage only; use 1 (tensor parallelism works)"
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel_config, name, 1) > 1:
+            problems.append(f"{name} is {getattr(parallel_config, name)}: use 1")
+    if getattr(engine_args, "async_scheduling", None):
+        problems.append(
+            "async_scheduling is on: the next draft needs the tokens of this step; remove "
+            "--async-scheduling"
+        )
+    if os.environ.get("VLLM_COMPUTE_NANS_IN_LOGITS", "0") not in ("", "0"):
+        problems.append(
+            "VLLM_COMPUTE_NANS_IN_LOGITS counts rows of logits by request, which speculation "
+            "breaks: unset it"
+        )
+    if model_config.runner_type != "generate":
+        problems.append(f"runner '{model_config.runner_type}' generates no tokens: use 'generate'")
+    if model_config.is_encoder_decoder:
+        problems.append("encoder-decoder models are not supported")
+    if model_config.is_hybrid or model_config.is_attention_free:
+        problems.append(
+            "the model has recurrent layers, whose state cannot branch: speculation with it would "
+            "not be exact"
+        )
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        problems.append(f"platform '{current_platform.device_name}' is neither CPU nor CUDA")
+    if problems:
+        raise OptionError("our speculative methods cannot run here: " + "; ".join(problems))

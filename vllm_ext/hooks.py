@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every symbol of vLLM that this package touches: what, why, and when the hook can go.
+
+The table is the capability check.  :func:`check` resolves each symbol in the installed vLLM and compares
+the parameters that we rely on; :func:`require` refuses all or nothing, before anything is touched.  The
+drift tests run the same table, so an upgrade of vLLM that moves a symbol fails there by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+TESTED_VERSIONS = ("0.31", "0.32")
+"""``major.minor`` of the vLLM releases the suite has passed on; others give one warning."""
+
+
+class HookError(RuntimeError):
+    """A symbol of vLLM that we need is missing or changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One touched symbol.
+
+    Attributes:
+        name: short name, used by ``vllm-ext doctor``.
+        target: ``module:qualified.name``.
+        parameters: names that the callable must accept, in this order, possibly among others.
+            ``None`` for symbols that are not called by us.
+        why: what we need it for.
+        remove_when: the change in vLLM that makes the hook unnecessary.
+    """
+
+    name: str
+    target: str
+    parameters: tuple[str, ...] | None
+    why: str
+    remove_when: str
+
+
+@dataclass(frozen=True, slots=True)
+class HookReport:
+    """Result of checking one :class:`Hook` against the installed vLLM."""
+
+    name: str
+    target: str
+    ok: bool
+    reason: str
+    why: str
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_PLUGGABLE = "vLLM gets a registry of proposers that see logits and may return trees"
+
+FRONTEND = (
+    Hook(
+        "options",
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        'translates {"method": "dyspec", ...} into custom_class + worker_cls + additional_config',
+        "SpeculativeConfig accepts method names registered by plugins",
+    ),
+    Hook(
+        "sampling-params",
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        ("self", "speculative_config"),
+        "min_p and logit_bias are exact under our walk; vLLM refuses them under speculation",
+        "vLLM asks the proposer which sampling parameters it supports",
+    ),
+)
+
+WORKER = (
+    Hook(
+        "worker-cpu",
+        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        ("self",),
+        "our CPU worker puts the runner subclass in place while this runs",
+        "CPUWorker builds its runner through _make_model_runner(), as the GPU worker does",
+    ),
+    Hook(
+        "runner-cpu",
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
+        ("self", "vllm_config", "device"),
+        "base class of the CPU runner",
+        _PLUGGABLE,
+    ),
+    Hook(
+        "prepare-inputs",
+        f"{_RUNNER}._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        "after it, positions of tree nodes become base + depth (slots stay sequential)",
+        _PLUGGABLE,
+    ),
+    Hook(
+        "attention-metadata",
+        f"{_RUNNER}._build_attention_metadata",
+        ("self",),
+        "after it, the step's trees are attached to each metadata object",
+        _PLUGGABLE,
+    ),
+    Hook(
+        "sample",
+        f"{_RUNNER}._sample",
+        ("self", "logits", "spec_decode_metadata"),
+        "the walk: vLLM's own Sampler, level by level, instead of the rejection sampler",
+        "vLLM verifies trees with its own sampler",
+    ),
+    Hook(
+        "bookkeeping",
+        f"{_RUNNER}._bookkeeping_sync",
+        ("self", "scheduler_output", "sampler_output", "logits", "hidden_states"),
+        "on the CPU it rolls back generators that cannot be rolled back (a seed with a chunked "
+        "prompt kills the engine); we draw nothing for such rows and hide their generators",
+        "vLLM stops calling Generator.set_offset on the CPU",
+    ),
+    Hook(
+        "propose",
+        f"{_RUNNER}.propose_draft_token_ids",
+        ("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states"),
+        "our drafter needs request ids, logits and sampling parameters; custom_class gets none",
+        _PLUGGABLE,
+    ),
+    Hook(
+        "drafter-fits",
+        f"{_RUNNER}._input_fits_in_drafter",
+        ("self", "common_attn_metadata"),
+        "near max_model_len the stock answer publishes zeros as drafts; we size the tree instead",
+        _PLUGGABLE,
+    ),
+    Hook(
+        "request-removed",
+        f"{_RUNNER}._on_request_state_removed",
+        ("self", "req_id", "req_state"),
+        "documented hook: drops the drafting state of a finished request",
+        "stays: it is a documented hook",
+    ),
+    Hook(
+        "execute-model",
+        f"{_RUNNER}.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors"),
+        "only timed: the cost model needs the latency of a step",
+        "stays: nothing of it is changed",
+    ),
+    Hook(
+        "dummy-run",
+        f"{_RUNNER}._dummy_run",
+        ("self", "num_tokens"),
+        "start-up measurement of the forward pass at several row counts",
+        "stays: nothing of it is changed",
+    ),
+    Hook(
+        "logits-processors",
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        "custom processors, min_p and logit_bias are built although a speculative config is set",
+        "vLLM builds them when the proposer says that its verifier honours them",
+    ),
+    Hook(
+        "sampler",
+        "vllm.v1.sample.sampler:Sampler.forward",
+        ("self", "logits", "sampling_metadata"),
+        "called once per level of the walk",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "parse-output",
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output",
+        ("output_token_ids", "vocab_size", "discard_req_indices", "logprobs_tensors"),
+        "reads our ragged rows of accepted tokens; -1 marks the unused places",
+        "stays: it is called by the runner on what we return",
+    ),
+    Hook(
+        "cpu-attention",
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        "rows of branching trees get tree attention, all others the stock kernel",
+        "vLLM's CPU kernel takes a mask per request",
+    ),
+    Hook(
+        "cpu-kv-write",
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "accepted nodes are written to their final slots by the backend's own writer",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "register-backend",
+        "vllm.v1.attention.backends.registry:register_backend",
+        ("backend", "class_path"),
+        "official door: puts the tree-aware backend in place of CPU_ATTN in our worker only",
+        "stays: it is an official door",
+    ),
+)
+
+ALL = FRONTEND + WORKER
+
+
+def resolve(target: str) -> Any:
+    """Return the object named ``module:qualified.name``.
+
+    Raises:
+        HookError: the module or an attribute is missing.
+    """
+    module_name, _, qualname = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise HookError(f"cannot import {module_name}: {error}") from error
+    for part in qualname.split("."):
+        if not hasattr(found, part):
+            raise HookError(f"{target} does not exist in the installed vLLM")
+        found = getattr(found, part)
+    return found
+
+
+def check_one(hook: Hook) -> HookReport:
+    """Check one hook against the installed vLLM, without touching anything."""
+    try:
+        found = resolve(hook.target)
+    except HookError as error:
+        return HookReport(hook.name, hook.target, False, str(error), hook.why)
+    if hook.parameters is not None:
+        accepted = list(inspect.signature(found).parameters)
+        positions = [accepted.index(p) if p in accepted else -1 for p in hook.parameters]
+        if -1 in positions or positions != sorted(positions):
+            reason = f"parameters are {accepted}, we rely on {list(hook.parameters)}"
+            return HookReport(hook.name, hook.target, False, reason, hook.why)
+    return HookReport(hook.name, hook.target, True, "present, parameters as expected", hook.why)
+
+
+def check(hooks: tuple[Hook, ...] = ALL) -> list[HookReport]:
+    """Check every hook.  Needs vLLM installed; changes nothing."""
+    return [check_one(hook) for hook in hooks]
+
+
+def require(hooks: tuple[Hook, ...]) -> None:
+    """Refuse to go on unless every hook is in place.
+
+    Raises:
+        HookError: names each missing or changed symbol.
+    """
+    failed = [report for report in check(hooks) if not report.ok]
+    if failed:
+        listed = "; ".join(f"{report.name} ({report.target}): {report.reason}" for report in failed)
+        raise HookError(
+            f"vllm-ext cannot work with this vLLM: {listed}. Use a tested version "
+            f"({', '.join(TESTED_VERSIONS)}) or set VLLM_EXT_DISABLE=1."
+        )

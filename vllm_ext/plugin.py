@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm.general_plugins`` entry point.
+
+vLLM calls :func:`register` in every process (front end, engine core, workers, model inspection), some of
+them several times: it must be quick, idempotent and must not raise for users who use none of our methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+_MARK = "_vllm_ext_wrapped"
+
+
+def register() -> None:
+    """Install the two front-end hooks; without effect if ``VLLM_EXT_DISABLE=1``."""
+    if os.environ.get("VLLM_EXT_DISABLE", "0") not in ("", "0"):
+        return
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            "vllm-ext needs vLLM: pip install 'vllm-ext[cpu]' (CPU engine) or 'vllm-ext[cuda]' (GPUs)"
+        ) from error
+
+    from vllm_ext import hooks
+
+    broken = [report for report in hooks.check(hooks.FRONTEND) if not report.ok]
+    if broken:
+        # Users of none of our methods must not suffer; those who ask for one are refused by vLLM's
+        # own validation of the method's name, right after this line.
+        names = ", ".join(report.target for report in broken)
+        logger.error("vllm-ext is inactive: this vLLM (%s) lacks %s", vllm.__version__, names)
+        return
+    _wrap_create_speculative_config()
+    _wrap_validate_spec_decode()
+
+
+def warn_if_untested() -> None:
+    """Warn once per process about a vLLM release that this package was not tested with."""
+    import vllm
+
+    from vllm_ext.hooks import TESTED_VERSIONS
+
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VERSIONS:
+        logger.warning(
+            "vllm-ext was tested with vLLM %s, this is %s; run `vllm-ext doctor` and `vllm-ext verify`",
+            ", ".join(TESTED_VERSIONS),
+            vllm.__version__,
+        )
+
+
+def _wrap_create_speculative_config() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        from vllm_ext.config import is_ours, translate
+
+        translate(self, target_model_config, target_parallel_config)
+        config = original(
+            self,
+            target_model_config=target_model_config,
+            target_parallel_config=target_parallel_config,
+        )
+        if is_ours(config):
+            warn_if_untested()
+        return config
+
+    setattr(create_speculative_config, _MARK, True)
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _wrap_validate_spec_decode() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams._validate_spec_decode
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        from vllm_ext.config import is_ours
+
+        if not is_ours(speculative_config):
+            original(self, speculative_config)
+
+    setattr(_validate_spec_decode, _MARK, True)
+    SamplingParams._validate_spec_decode = _validate_spec_decode

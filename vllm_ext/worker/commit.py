@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV commit: write the accepted nodes' keys and values to the slots of their final positions.
+
+The attention layers stash the keys and values of tree rows; after the walk the accepted ones are written
+by the backend's own writer.  So nothing here knows the layout, dtype or quantisation of the cache, and no
+source can be overwritten before it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vllm_ext.worker.step import AttentionStep
+
+
+def accepted_moves(
+    step: AttentionStep, paths: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Which stashed rows go where.
+
+    Args:
+        step: the step's branching trees.
+        paths: per request of the batch, its accepted nodes in order.
+
+    Returns:
+        Indices into the stash, and for each the batch row whose slot it must fill.  The j-th accepted node
+        (from 1) belongs to the slot of row ``start + j``; a node that is already there is left out.
+    """
+    sources: list[int] = []
+    rows: list[int] = []
+    offset = 0
+    for tree in step.trees:
+        for depth, node in enumerate(paths[tree.request], start=1):
+            if node + 1 != depth:
+                sources.append(offset + node + 1)
+                rows.append(tree.start + depth)
+        offset += tree.size
+    return sources, rows
+
+
+def commit(
+    step: AttentionStep,
+    paths: Sequence[Sequence[int]],
+    layers: Mapping[str, Any],
+    slot_mappings: Mapping[str, torch.Tensor],
+) -> None:
+    """Write accepted nodes of all layers.
+
+    Args:
+        step: the step, with the stash that its layers filled.
+        paths: per request of the batch, its accepted nodes in order.
+        layers: attention layers by name (``static_forward_context``).
+        slot_mappings: slots [rows] by layer name.
+    """
+    sources, rows = accepted_moves(step, paths)
+    if not sources:
+        return
+    source = torch.tensor(sources, dtype=torch.int64)
+    row = torch.tensor(rows, dtype=torch.int64)
+    slots_of: dict[int, torch.Tensor] = {}  # the slot mapping is shared by all layers of a KV group
+    for name, (key, value) in step.stash.items():
+        layer = layers[name]
+        mapping = slot_mappings[name]
+        slots = slots_of.setdefault(id(mapping), mapping[row])
+        layer.impl.do_kv_cache_update(layer, key[source], value[source], layer.kv_cache, slots)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker and runner for vLLM's CPU engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ext import hooks
+from vllm_ext.attention.setup import set_up_tree_attention
+from vllm_ext.worker.runner import TreeRunnerMixin
+
+logger = init_logger("vllm.vllm_ext")
+
+CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
+    """CPU runner that verifies token trees."""
+
+    def _undrawn(self) -> list[int]:
+        """Unfinished prompts: a CPU generator cannot be rolled back, so it must not be drawn from."""
+        count = self.input_batch.num_reqs
+        return [int(i) for i in np.nonzero(self.discard_request_mask.np[:count])[0]]
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        hidden = {i: generators.pop(i) for i in self._undrawn() if i in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+
+class TreeCPUWorker(CPUWorker):
+    """CPU worker that runs :class:`TreeCPUModelRunner` with the tree-aware attention backend."""
+
+    def init_device(self) -> None:
+        """Stock, with our runner and attention backend in place."""
+        hooks.require(hooks.WORKER)
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN, "vllm_ext.attention.cpu.TreeCPUAttentionBackend"
+        )
+        with _runner_class(TreeCPUModelRunner):
+            super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Stock; then check tree attention on this machine and measure the cost of rows."""
+        result = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        if runner._drafting is None:
+            runner.trees_refused = set_up_tree_attention(runner)
+            largest = min(max(CALIBRATION_ROWS), runner.max_num_tokens)
+            prior = [(n, runner.measure_forward(n)) for n in CALIBRATION_ROWS if n <= largest]
+            runner.start_drafting(prior)
+            runner.announce("CPU_ATTN with tree rows", prior)
+        return result
+
+
+@contextmanager
+def _runner_class(runner: type) -> Iterator[None]:
+    """Put ``runner`` where ``CPUWorker.init_device`` looks its runner class up."""
+    original = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = runner
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = original

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the runner's view of a batch and the drafter's: rows, contexts, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from proposers.cost_model import CostModel
+from proposers.drafter import TreeDrafter
+from proposers.dyspec import DySpecOptions
+from proposers.recycling import WIDTH
+from proposers.source import VerifiedRows
+from proposers.tree import TokenTree
+from vllm_ext.methods import DySpecConfig
+from vllm_ext.worker.observe import top_candidates
+from vllm_ext.worker.step import Step
+from vllm_ext.worker.walk import WalkResult
+
+
+@dataclass(slots=True)
+class Candidates:
+    """The target's candidates at the rows of one step, taken before sampling changes the logits.
+
+    Attributes:
+        ids: int64 [rows, WIDTH].
+        probs: float32 [rows, WIDTH].
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    probs: np.ndarray[Any, np.dtype[np.float32]]
+
+
+def candidates(logits: torch.Tensor) -> Candidates:
+    """Candidates of each row of ``logits`` [rows, vocab], on the host."""
+    ids, probs = top_candidates(logits, WIDTH)
+    return Candidates(ids.cpu().numpy(), probs.cpu().numpy())
+
+
+class Drafting:
+    """Owns the drafter of one engine and its per-request state.
+
+    Args:
+        vocab_size: of the target.
+        options: the user's options.
+        cost: latency of a step by rows.
+        trees: whether branching trees can be verified; otherwise chains are drafted.
+    """
+
+    def __init__(
+        self, vocab_size: int, options: DySpecConfig, cost: CostModel, trees: bool
+    ) -> None:
+        self.drafter = TreeDrafter(
+            vocab_size,
+            DySpecOptions(
+                max_nodes=options.num_speculative_tokens,
+                max_depth=options.max_depth,
+                min_prob=max(options.min_probability, 1e-6),
+            ),
+            cost,
+        )
+        self.trees: dict[str, TokenTree] = {}
+        self._branching = trees
+        self._known: dict[str, int] = {}  # tokens that the drafter has of each request
+
+    def start(self, request_id: str, state: Any) -> None:
+        """Begin a request, once its first token is known.
+
+        Args:
+            request_id: of the engine.
+            state: vLLM's ``CachedRequestState``; its tokens so far become the context.
+        """
+        params = state.sampling_params
+        self._known[request_id] = state.num_tokens
+        self.drafter.start(
+            request_id,
+            [*(state.prompt_token_ids or ()), *state.output_token_ids],
+            greedy=params.temperature < 1e-5,
+            chain=not self._branching or params.structured_outputs is not None,
+            namespace=_adapter(state),
+        )
+
+    def stop(self, request_id: str) -> None:
+        """Forget a request."""
+        self.trees.pop(request_id, None)
+        if self._known.pop(request_id, None) is not None:
+            self.drafter.stop(request_id)
+
+    def learn(
+        self,
+        step: Step,
+        walked: WalkResult,
+        seen: Candidates,
+        request_ids: Sequence[str],
+        states: Mapping[str, Any],
+        tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """Feed one step's outcome to the drafter.
+
+        Args:
+            step: what was verified.
+            walked: which nodes were accepted.
+            seen: the target's candidates at the rows of ``step``.
+            request_ids: the batch.
+            states: vLLM's ``CachedRequestState`` by request id, with ``tokens`` already appended.
+            tokens: what each request emitted; empty for unfinished prompts.
+        """
+        rejected: list[tuple[int, int, int]] = []  # (before, last, row)
+        accepted: list[tuple[int, int, int]] = []
+        spaces: dict[int, int] = {}
+        for index, request_id in enumerate(request_ids):
+            state = states[request_id]
+            if not tokens[index] or state.prompt_token_ids is None:
+                continue
+            before, root = _tail(state, len(tokens[index]))
+            tree, start = step.trees[index], step.starts[index]
+            spaces.update(dict.fromkeys(range(start, start + 1 + len(tree)), _adapter(state)))
+            on_path = set(walked.paths[index])
+            accepted.append((before, root, start))
+            for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+                context = root if parent < 0 else tree.tokens[parent]
+                row = (context, token, start + 1 + node)
+                (accepted if node in on_path else rejected).append(row)
+        rows = rejected + accepted  # on a shared context the later row counts
+        if rows:
+            at = np.array([row for _, _, row in rows])
+            self.drafter.observe(
+                VerifiedRows(
+                    np.array([(before, last) for before, last, _ in rows], dtype=np.int64),
+                    seen.ids[at],
+                    seen.probs[at],
+                    np.array([spaces[row] for row in at.tolist()], dtype=np.int64),
+                )
+            )
+        for index, request_id in enumerate(request_ids):
+            state = states[request_id]
+            if not tokens[index] or state.prompt_token_ids is None:
+                continue  # unfinished prompt, or a prompt of embeddings, which has no tokens
+            if self._known.get(request_id) == state.num_tokens - len(tokens[index]):
+                self._known[request_id] = state.num_tokens
+                self.drafter.extend(request_id, tokens[index])
+            else:  # new, or its text was changed behind our back
+                self.start(request_id, state)
+
+    def learn_prompt(self, state: Any, positions: Sequence[int], seen: Candidates) -> None:
+        """Learn the candidates at prompt positions.
+
+        Args:
+            state: vLLM's ``CachedRequestState``.
+            positions: of the prompt, in order.
+            seen: the target's candidates there.
+        """
+        prompt = state.prompt_token_ids or ()
+        contexts = [(prompt[p - 1] if p else -1, prompt[p]) for p in positions]
+        self.drafter.observe(
+            VerifiedRows(
+                np.array(contexts, dtype=np.int64),
+                seen.ids,
+                seen.probs,
+                np.full(len(positions), _adapter(state), dtype=np.int64),
+            )
+        )
+
+    def propose(
+        self, request_ids: Sequence[str], limits: Mapping[str, int], other_rows: int
+    ) -> None:
+        """Draft the next step's trees into :attr:`trees`.
+
+        Args:
+            request_ids: requests that emitted a token in this step.
+            limits: most nodes per request.
+            other_rows: rows of unfinished prompts expected in the next step.
+        """
+        drafted = [r for r in request_ids if r in self._known]
+        self.trees = dict(
+            zip(
+                drafted,
+                self.drafter.propose(
+                    drafted, max_nodes=[limits[r] for r in drafted], other_rows=other_rows
+                ),
+                strict=True,
+            )
+        )
+
+
+def node_limit(state: Any, max_model_len: int, most: int) -> int:
+    """Most nodes that a request's next tree may have.
+
+    Bounded by the tokens that it may still generate: the walk always adds one of its own.
+
+    Args:
+        state: vLLM's ``CachedRequestState``.
+        max_model_len: of the engine.
+        most: nodes per tree.
+    """
+    params = state.sampling_params
+    if getattr(params, "thinking_token_budget", None) is not None:
+        return 0  # the budget's state machine reads drafts as a chain
+    left = max_model_len - state.num_tokens
+    if params.max_tokens is not None:
+        left = min(left, params.max_tokens - len(state.output_token_ids))
+    return most if left > 1 else 0
+
+
+def _adapter(state: Any) -> int:
+    return state.lora_request.lora_int_id if state.lora_request is not None else 0
+
+
+def _tail(state: Any, emitted: int) -> tuple[int, int]:
+    """The last two tokens before the ``emitted`` newest ones (-1 where there is none)."""
+    end = state.num_tokens - emitted
+
+    def token(position: int) -> int:
+        return int(state.get_token_id(position)) if position >= 0 else -1
+
+    return token(end - 2), token(end - 1)

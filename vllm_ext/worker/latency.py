@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what a step costs, for the cost model."""
+
+from __future__ import annotations
+
+import time
+
+from proposers.cost_model import CostModel
+
+_IDLE_SECONDS = 0.05
+"""A longer pause between steps is the engine waiting for work, not part of a step."""
+
+
+class _FreeOfCharge(CostModel):
+    """Every row costs the same: trees as large as the options allow (``adaptive=false``)."""
+
+    def __init__(self) -> None:
+        super().__init__([(1, 1.0)], margin=0.0)
+
+    def record(self, rows: int, seconds: float) -> None:
+        """Ignore the measurement."""
+
+
+class StepTimer:
+    """Times engine steps from the start of one forward pass to the start of the next.
+
+    So a step's cost contains the scheduler, the messages between processes and the drafting, which
+    amortise over the tokens that a step yields.
+    """
+
+    def __init__(self) -> None:
+        self.cost: CostModel = _FreeOfCharge()
+        self._rows = 0
+        self._begin = 0.0
+        self._end = 0.0
+
+    def start(self, prior: list[tuple[int, float]], *, adaptive: bool) -> None:
+        """Begin to record.
+
+        Args:
+            prior: measured (rows, seconds) of the forward pass.
+            adaptive: whether trees are sized by cost at all.
+        """
+        if adaptive:
+            self.cost = CostModel(prior)
+
+    def begin(self, rows: int) -> None:
+        """A step of ``rows`` rows starts; the previous one, if it was back to back, is recorded."""
+        now = time.perf_counter()
+        if self._rows and self._end and now - self._end < _IDLE_SECONDS:
+            self.cost.record(self._rows, now - self._begin)
+        self._rows, self._begin, self._end = rows, now, 0.0
+
+    def end(self) -> None:
+        """The step's tokens and drafts are known."""
+        self._end = time.perf_counter()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of the worker, shown by the server's ``/metrics``.
+
+vLLM's own counters travel with the scheduler's statistics, which have no room for ours.  The worker
+therefore keeps its counters in a small memory-mapped file that the front end made and named in the
+environment, and a collector in the front end reads it whenever ``/metrics`` is asked.  In Prometheus'
+multiprocess mode (several API servers) the worker's ``prometheus_client`` counters are collected by vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+FILE_VARIABLE = "VLLM_EXT_METRICS_FILE"
+_PREFIX = "vllm_ext:"
+
+COUNTERS: tuple[tuple[str, str], ...] = (
+    ("steps", "engine steps that sampled at least one token"),
+    ("steps_without_draft", "of these, steps that verified no draft"),
+    ("request_steps", "requests summed over steps"),
+    ("drafted_nodes", "tree nodes verified"),
+    ("branching_trees", "trees verified that had branches"),
+    ("accepted_tokens", "tree nodes accepted"),
+    ("emitted_tokens", "tokens emitted, the walk's own included"),
+    ("drafting_seconds", "seconds spent on learning from a step and drafting the next"),
+    ("chain_fallbacks", "scheduled drafts that were not a prefix of a proposed tree"),
+)
+"""Name and meaning of each counter, in the order of the file."""
+
+TREE_SIZE_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 127)
+_NAMES = [name for name, _ in COUNTERS]
+_SLOTS = len(COUNTERS) + len(TREE_SIZE_BUCKETS) + 1  # the last slot sums the tree sizes
+
+
+class Counters:
+    """The worker's side: float64 slots, in the shared file if there is one.
+
+    Args:
+        shared: whether this process speaks for its engine (one rank of a tensor-parallel group does).
+    """
+
+    def __init__(self, *, shared: bool) -> None:
+        path = os.environ.get(FILE_VARIABLE)
+        self._values: Any
+        if shared and path and os.path.exists(path):
+            self._values = np.memmap(path, dtype=np.float64, mode="r+", shape=(_SLOTS,))
+        else:
+            self._values = np.zeros(_SLOTS)
+        self._prometheus = _multiprocess_counters() if shared else None
+
+    def add(self, name: str, amount: float) -> None:
+        """Add ``amount`` to the counter ``name``."""
+        if amount:
+            self._values[_NAMES.index(name)] += amount
+            if self._prometheus is not None:
+                self._prometheus[name].inc(amount)
+
+    def observe_tree(self, nodes: int) -> None:
+        """Count one tree of ``nodes`` nodes (0: a request step without a draft)."""
+        bucket = int(np.searchsorted(TREE_SIZE_BUCKETS, nodes))
+        self._values[len(COUNTERS) + min(bucket, len(TREE_SIZE_BUCKETS) - 1)] += 1
+        self._values[_SLOTS - 1] += nodes
+        if self._prometheus is not None:
+            self._prometheus["tree_size"].observe(nodes)
+
+    def snapshot(self) -> dict[str, float]:
+        """All counters by name, plain floats."""
+        return {name: float(value) for name, value in zip(_NAMES, self._values, strict=False)}
+
+
+def _multiprocess_counters() -> dict[str, Any] | None:
+    """``prometheus_client`` counters, if they are shared between processes."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return None
+    from prometheus_client import Counter, Histogram
+
+    found: dict[str, Any] = {name: Counter(_PREFIX + name, doc) for name, doc in COUNTERS}
+    found["tree_size"] = Histogram(
+        _PREFIX + "tree_size", "nodes per request step", buckets=TREE_SIZE_BUCKETS
+    )
+    return found
+
+
+class _FileCollector:
+    """Prometheus collector that reads the worker's file."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the current value of every counter."""
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        values = np.fromfile(self._path, dtype=np.float64)
+        for (name, doc), value in zip(COUNTERS, values, strict=False):
+            yield CounterMetricFamily(_PREFIX + name, doc, value=float(value))
+        counts = np.cumsum(values[len(COUNTERS) : _SLOTS - 1])
+        buckets = [
+            (str(float(edge)), float(count))
+            for edge, count in zip(TREE_SIZE_BUCKETS, counts, strict=True)
+        ]
+        yield HistogramMetricFamily(
+            _PREFIX + "tree_size",
+            "nodes per request step",
+            buckets=[*buckets, ("+Inf", float(counts[-1]))],
+            sum_value=float(values[_SLOTS - 1]),
+        )
+
+
+def share_with_workers() -> None:
+    """Front end: make the file, name it to the processes to come, and collect from it."""
+    if FILE_VARIABLE in os.environ:
+        return
+    from prometheus_client import REGISTRY
+
+    handle, path = tempfile.mkstemp(prefix="vllm-ext-metrics-")
+    with os.fdopen(handle, "wb") as file:
+        np.zeros(_SLOTS).tofile(file)
+    os.environ[FILE_VARIABLE] = path
+    REGISTRY.register(_FileCollector(path))

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token trees in vLLM's model runner (V1): a mixin whose methods wrap the stock ones.
+
+One step::
+
+    scheduler output -> _prepare_inputs            positions = base + depth
+                     -> _build_attention_metadata  trees attached for the attention layers
+                     -> forward (stock)            keys and values of tree rows stashed
+                     -> _sample                    the walk, then KV commit
+                     -> _bookkeeping_sync (stock)
+                     -> propose_draft_token_ids    learn from the step, draft the next
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.worker import gpu_model_runner
+
+from proposers.tree import TokenTree
+from vllm_ext import hooks
+from vllm_ext.config import read_options
+from vllm_ext.worker.commit import commit
+from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
+from vllm_ext.worker.latency import StepTimer
+from vllm_ext.worker.metrics import Counters
+from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
+from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
+
+logger = init_logger("vllm.vllm_ext")
+
+
+class TreeRunnerMixin:
+    """Goes before a V1 runner class in the bases of a subclass.
+
+    Attributes:
+        trees_refused: why branching trees cannot be verified here (then chains are drafted), or ``None``.
+    """
+
+    trees_refused: str | None = "tree attention was not set up"
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        self._method, self._options = read_options(vllm_config)
+        with _processors_built_under_speculation():
+            super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        self._counters = Counters(shared=get_tp_group().rank_in_group == 0)
+        self._timer = StepTimer()
+        self._drafting: Drafting | None = None
+        self._step: Step | None = None
+        self._walked: WalkResult | None = None
+        self._seen: Candidates | None = None
+
+    # -- start-up ---------------------------------------------------------------------------------
+
+    def start_drafting(self: Any, prior: list[tuple[int, float]]) -> None:
+        """Begin to draft, once it is known what can be verified and what a step costs.
+
+        Args:
+            prior: measured (rows, seconds) of the forward pass.
+        """
+        self._timer.start(prior, adaptive=self._options.adaptive)
+        self._drafting = Drafting(
+            self.model_config.get_vocab_size(),
+            self._options,
+            self._timer.cost,
+            trees=self.trees_refused is None,
+        )
+
+    def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
+        """Log what is in place, in one line."""
+        curve = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in prior)
+        logger.info(
+            "vllm-ext: method %s, %s with at most %d nodes, attention: %s; wrapped %s; "
+            "forward pass in ms by rows: %s",
+            self._method,
+            "trees" if self.trees_refused is None else f"chains ({self.trees_refused})",
+            self.num_spec_tokens,
+            attention,
+            ", ".join(hook.name for hook in hooks.WORKER),
+            curve,
+        )
+
+    @torch.inference_mode()
+    def measure_forward(self: Any, rows: int, repeats: int = 3) -> float:
+        """Seconds of a forward pass over ``rows`` dummy tokens with their logits, best of several."""
+        best = float("inf")
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            hidden, _ = self._dummy_run(rows)
+            self.model.compute_logits(hidden[:rows])
+            self._sync_device()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        """Stock, timed."""
+        self._timer.begin(scheduler_output.total_num_scheduled_tokens)
+        return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        batch = self.input_batch
+        count = batch.num_reqs
+        self._step = step = build_step(
+            batch.req_ids[:count],
+            scheduler_output.scheduled_spec_decode_tokens,
+            self._drafting.trees if self._drafting is not None else {},
+            self.query_start_loc.np[: count + 1],
+            batch.num_computed_tokens_cpu[:count],
+        )
+        if step.attention is not None:
+            for tree in step.attention.trees:
+                positions = torch.from_numpy(tree.base + tree.depths)
+                self.positions[tree.start : tree.start + tree.size] = positions
+        return prepared
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        built = super()._build_attention_metadata(*args, **kwargs)
+        if self._step is not None and self._step.attention is not None:
+            for metadata in built[0].values():
+                setattr(metadata, STEP_ATTRIBUTE, self._step.attention)
+        return built
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        if logits is None or self._step is None:
+            return super()._sample(logits, spec_decode_metadata)
+        step: Step = self._step
+        batch = self.input_batch
+        self._seen = candidates(logits)
+        self._walked = walked = walk(
+            self.sampler,
+            logits,
+            batch.sampling_metadata,
+            step.trees,
+            step.starts,
+            batch.req_output_token_ids,
+            self._update_processors,
+            undrawn=self._undrawn(),
+        )
+        if step.attention is not None:
+            commit(
+                step.attention,
+                walked.paths,
+                self.compilation_config.static_forward_context,
+                self._slot_mappings_by_layer(step),
+            )
+        return SamplerOutput(
+            sampled_token_ids=walked.padded(logits.device),
+            logprobs_tensors=stack_logprobs(walked.logprobs),
+        )
+
+    def propose_draft_token_ids(
+        self: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """Learn from the step and draft the next; replaces the stock dispatch to a proposer.
+
+        Returns:
+            Per request of the batch its tree's tokens, best first; empty for unfinished prompts.
+        """
+        begin = time.perf_counter()
+        request_ids = self.input_batch.req_ids[: self.input_batch.num_reqs]
+        trees: dict[str, TokenTree] = {}
+        if self._drafting is not None:
+            group = get_tp_group()
+            if group.rank_in_group == 0:
+                trees = self._draft(scheduler_output, request_ids, sampled_token_ids, hidden_states)
+            if group.world_size > 1:
+                # Latencies differ between ranks, hence so would trees: rank 0 decides for all.
+                trees = group.broadcast_object(trees, src=0)
+            self._drafting.trees = trees
+            self._count(sampled_token_ids, time.perf_counter() - begin)
+        self._step = self._walked = self._seen = None
+        self._timer.end()
+        return [list(trees[r].tokens) if r in trees else [] for r in request_ids]
+
+    def _draft(
+        self: Any, scheduler_output: Any, request_ids: list[str], tokens: Any, hidden_states: Any
+    ) -> dict[str, TokenTree]:
+        drafting: Drafting = self._drafting
+        self._learn_prompts(scheduler_output, request_ids, hidden_states)
+        drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
+        ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
+        limits = {
+            r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
+        }
+        unfinished = sum(
+            min(self.requests[r].num_tokens, scheduler_output.num_scheduled_tokens[r])
+            for r, emitted in zip(request_ids, tokens, strict=True)
+            if not emitted
+        )
+        drafting.propose(ready, limits, unfinished)
+        return drafting.trees
+
+    def _learn_prompts(
+        self: Any, scheduler_output: Any, request_ids: list[str], hidden_states: Any
+    ) -> None:
+        """Learn the candidates at the last positions of prompts that end in this step."""
+        most = self._options.prompt_rows
+        if not most:
+            return
+        for index, request_id in enumerate(request_ids):
+            state = self.requests[request_id]
+            scheduled = scheduler_output.num_scheduled_tokens[request_id]
+            end = state.num_computed_tokens + scheduled
+            # The last position's row is learnt with the step itself.
+            first = max(state.num_computed_tokens, state.num_prompt_tokens - 1 - most)
+            if (
+                state.prompt_token_ids is None
+                or end < state.num_prompt_tokens
+                or first >= state.num_prompt_tokens - 1
+            ):
+                continue
+            start = int(self.query_start_loc.np[index]) + first - state.num_computed_tokens
+            size = state.num_prompt_tokens - 1 - first
+            logits = self.model.compute_logits(hidden_states[start : start + size])
+            positions = range(first, first + size)
+            self._drafting.learn_prompt(state, positions, candidates(logits))
+
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        return True  # the drafter bounds its trees; False would publish zeros as drafts
+
+    def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
+        super()._on_request_state_removed(req_id, req_state)  # type: ignore[misc]
+        if self._drafting is not None:
+            self._drafting.stop(req_id)
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def _update_processors(self: Any) -> None:
+        """Between levels: processors look at the output tokens, which now end in the path."""
+        for processor in self.input_batch.logitsprocs.all:
+            processor.update_state(None)
+
+    def _undrawn(self: Any) -> list[int]:
+        """Requests whose generator must not advance; the stock runner rolls GPU generators back."""
+        return []
+
+    def _slot_mappings_by_layer(self: Any, step: Step) -> dict[str, torch.Tensor]:
+        """Slots of the batch's rows, by layer name."""
+        mappings = {}
+        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            slots = self.input_batch.block_table[gid].slot_mapping.gpu
+            mappings.update(dict.fromkeys(group.layer_names, slots))
+        return mappings
+
+    def _count(self: Any, tokens: Any, seconds: float) -> None:
+        """Update the counters after one step."""
+        step: Step = self._step
+        emitted = [len(t) for t in tokens]
+        counters: Counters = self._counters
+        if not any(emitted):
+            return
+        sizes = [len(tree) for tree, e in zip(step.trees, emitted, strict=True) if e]
+        counters.add("steps", 1)
+        counters.add("steps_without_draft", float(not any(sizes)))
+        counters.add("request_steps", len(sizes))
+        counters.add("drafted_nodes", sum(sizes))
+        counters.add("branching_trees", len(step.attention.trees) if step.attention else 0)
+        counters.add("accepted_tokens", sum(e - 1 for e in emitted if e))
+        counters.add("emitted_tokens", sum(emitted))
+        counters.add("drafting_seconds", seconds)
+        for size in sizes:
+            counters.observe_tree(size)
+
+
+@contextmanager
+def _processors_built_under_speculation() -> Iterator[None]:
+    """Let vLLM build min_p, logit_bias and custom logits processors although speculation is on.
+
+    The stock function refuses or drops them because its rejection sampler would ignore them; the walk
+    honours them.  The name is replaced in the runner's module only while the runner is made.
+    """
+    original = gpu_model_runner.build_logitsprocs
+
+    def build(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = copy.copy(vllm_config)
+        hidden.speculative_config = None
+        return original(hidden, *args, **kwargs)
+
+    gpu_model_runner.build_logitsprocs = build
+    try:
+        yield
+    finally:
+        gpu_model_runner.build_logitsprocs = original

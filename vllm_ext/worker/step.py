@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trees of one engine step, laid out as rows of the batch.
+
+A request that verifies a tree of N nodes contributes 1 + N consecutive rows: the root (its last committed
+token) and the nodes.  vLLM gives row i the position and the slot ``base + i``, as for a chain.  For a
+branching tree the *position* becomes ``base + depth``; the *slot* stays, and accepted nodes are written to
+their final slots after the walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from proposers.tree import TokenTree
+
+STEP_ATTRIBUTE = "vllm_ext_step"
+"""Attribute of vLLM's attention metadata under which the runner attaches an :class:`AttentionStep`."""
+
+
+@dataclass(slots=True)
+class TreeRows:
+    """One request's branching tree in the batch.
+
+    Attributes:
+        request: index of the request in the batch.
+        start: row of the root.
+        base: position of the root, which is also the number of tokens before it.
+        tree: the nodes, in row order.
+        visible: bool [1 + N, 1 + N]; row i sees row j of the same tree (ancestors, root, itself).
+        depths: int64 [1 + N]; 0 for the root.
+    """
+
+    request: int
+    start: int
+    base: int
+    tree: TokenTree
+    visible: NDArray[np.bool_]
+    depths: NDArray[np.int64]
+
+    @classmethod
+    def build(cls, request: int, start: int, base: int, tree: TokenTree) -> TreeRows:
+        """Lay out ``tree`` at ``start``."""
+        size = len(tree.tokens) + 1
+        visible = np.zeros((size, size), dtype=np.bool_)
+        visible[:, 0] = True
+        visible[1:, 1:] = tree.ancestors()
+        depths = np.zeros(size, dtype=np.int64)
+        depths[1:] = tree.depths
+        return cls(request, start, base, tree, visible, depths)
+
+    @property
+    def size(self) -> int:
+        """Rows of this request: the root and its nodes."""
+        return len(self.depths)
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """What the attention layers need for one step; attached to the step's attention metadata.
+
+    Attributes:
+        trees: the branching trees, in batch order.
+        rows: int64 [R]; the batch rows of all branching trees, in order.
+        only_trees: whether every row of the batch belongs to a branching tree.
+        masks: additive masks, cached per (tree, padded context, window, dtype) for the step's layers.
+        stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
+    """
+
+    trees: list[TreeRows]
+    rows: torch.Tensor
+    only_trees: bool
+    masks: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    stash: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Step:
+    """All drafts of one step.
+
+    Attributes:
+        trees: per request of the batch, the tree that was scheduled (possibly empty).
+        starts: per request, the first of its rows in the *logits* (root, then nodes).
+        attention: the branching trees, or ``None`` if the stock kernels can do it all.
+    """
+
+    trees: list[TokenTree]
+    starts: list[int]
+    attention: AttentionStep | None
+
+    @property
+    def drafted(self) -> int:
+        """Nodes in this step."""
+        return sum(len(tree.tokens) for tree in self.trees)
+
+
+def scheduled_tree(proposed: TokenTree | None, scheduled: Sequence[int]) -> TokenTree:
+    """The tree that the scheduler kept: a prefix of what was proposed.
+
+    The scheduler truncates drafts (token budget, ``max_model_len``, grammar); nodes are in an order in
+    which every prefix is a tree.  Anything else than a prefix is not ours: it is read as a chain, which is
+    what the stock rows mean, and costs at most acceptance.
+    """
+    size = len(scheduled)
+    if proposed is not None and list(proposed.tokens[:size]) == list(scheduled):
+        return proposed.prefix(size)
+    return TokenTree.chain(scheduled, [0.0] * size)
+
+
+def build_step(
+    request_ids: Sequence[str],
+    scheduled: Mapping[str, Sequence[int]],
+    proposed: Mapping[str, TokenTree],
+    query_starts: NDArray[np.int32],
+    bases: NDArray[np.int32],
+) -> Step:
+    """Match the scheduled drafts with the proposed trees.
+
+    Args:
+        request_ids: the batch, in order.
+        scheduled: draft tokens per request id, as the scheduler sent them.
+        proposed: the trees we proposed in the last step.
+        query_starts: int32 [requests + 1]; first row of each request.
+        bases: int32 [requests]; position of each request's first row.
+    """
+    trees: list[TokenTree] = []
+    starts: list[int] = []
+    branching: list[TreeRows] = []
+    next_start = 0
+    for index, request_id in enumerate(request_ids):
+        tokens = scheduled.get(request_id, ())
+        tree = scheduled_tree(proposed.get(request_id), tokens) if tokens else TokenTree.EMPTY
+        trees.append(tree)
+        starts.append(next_start)
+        next_start += 1 + len(tree.tokens)
+        if not tree.is_chain:
+            first = int(query_starts[index])
+            branching.append(TreeRows.build(index, first, int(bases[index]), tree))
+    if not branching:
+        return Step(trees, starts, None)
+    rows = np.concatenate([np.arange(t.start, t.start + t.size) for t in branching])
+    only_trees = len(rows) == int(query_starts[len(request_ids)])
+    return Step(trees, starts, AttentionStep(branching, torch.from_numpy(rows), only_trees))
