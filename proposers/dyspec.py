@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import count
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,6 +29,9 @@ from proposers.tree import ROOT, TokenTree
 
 _CHECK_EVERY = 4
 """Nodes between two tests whether growing on can still pay."""
+
+_Siblings: TypeAlias = list[tuple[float, int]]
+"""Children of one node yet to be added, as (-probability, token), the best one last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,48 +144,53 @@ def grow(
     limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
     costs = cost.curve(base_rows + limit)[base_rows:]
     target = cost.target_rate(base_tokens, costs[0])
+    # The last node of the best size brings at least what its row costs at the best rate.
+    floor = options.min_prob
+    if limit:
+        floor = max(floor, target * float(np.diff(costs).min()))
     steps = np.arange(1, limit + 1, dtype=np.float64)
-    floor, max_depth = options.min_prob, options.max_depth
 
-    heap: list[tuple[float, int, int, int, int]] = []
-    pushed = 0
+    # Of a node's children only the best one not yet added waits in the heap, with the rest behind
+    # it. The counter keeps the order of equals reproducible.
+    heap: list[tuple[float, int, int, int, float, _Siblings]] = []
+    counter = count()
+    probs: list[float] = []
+    owners: list[int] = []
+    gained = base_tokens
 
-    def expand(index: int, growth: Growth, node: int, prob: float) -> None:
-        nonlocal pushed
+    def expand(index: int, node: int, value: float) -> None:
+        growth = growths[index]
+        least = floor / value
         found = growth.expand(node, mixture).probs
-        if growth.chain and found:
-            token = max(found, key=found.__getitem__)
-            found = {token: found[token]}
-        for token, q in found.items():
-            value = prob * min(q, 1.0)
-            if value >= floor:
-                heappush(heap, (-value, pushed, index, node, token))
-                pushed += 1
+        siblings = [(-min(q, 1.0), token) for token, q in found.items() if q >= least]
+        if siblings:
+            siblings.sort(reverse=True)
+            if growth.chain:
+                del siblings[:-1]
+            heappush(heap, (siblings[-1][0] * value, next(counter), index, node, value, siblings))
 
     for index, growth in enumerate(growths):
-        expand(index, growth, ROOT, 1.0)
-
-    owners: list[int] = []
-    probs: list[float] = []
-    gained = base_tokens
+        if growth.limit:
+            expand(index, ROOT, 1.0)
     while heap and len(owners) < limit:
-        negative, _, index, parent, token = heappop(heap)
-        growth, value = growths[index], -negative
+        negative, _, index, parent, above, siblings = heappop(heap)
+        growth, value, n = growths[index], -negative, len(owners)
         if len(growth.tokens) >= growth.limit:
             continue
-        n = len(owners)
         if n % _CHECK_EVERY == 0 and not np.any(
             gained + value * steps[: limit - n] > target * costs[n + 1 :]
         ):
             # Even if every further node were as good as this one, no size would beat the best.
             break
-        node = growth.add(parent, token, value)
+        node = growth.add(parent, siblings.pop()[1], value)
+        if siblings:
+            heappush(heap, (siblings[-1][0] * above, next(counter), index, parent, above, siblings))
         owners.append(index)
         probs.append(value)
         gained += value
         target = max(target, gained / costs[n + 1])
-        if growth.depths[node] < max_depth and len(growth.tokens) < growth.limit:
-            expand(index, growth, node, value)
+        if growth.depths[node] < options.max_depth and len(growth.tokens) < growth.limit:
+            expand(index, node, value)
 
     kept = [0] * len(growths)
     for index in owners[: cost.best_size(base_rows, base_tokens, probs)]:

@@ -96,10 +96,7 @@ class Mixture:
         weights = self._cells.get(tuple(key)) or self._new_cell(key)
         probs: dict[int, float] = {}
         for weight, found in zip(weights.values, candidates):  # noqa: B905
-            if not probs:
-                probs = {token: weight * prob for token, prob in found}
-                continue
-            for token, prob in found:
+            for token, prob in found.items():
                 if token in probs:
                     probs[token] += weight * prob
                 else:
@@ -114,19 +111,14 @@ class Mixture:
 
     def learn(self, prediction: Prediction, token: int) -> None:
         """Tell which token the target chose where `prediction` was made."""
-        values = prediction.weights.values
+        values, said = prediction.weights.values, prediction.candidates
         if token in prediction.probs:
-            shares = [
-                weight * sum(p for t, p in found if t == token)
-                for weight, found in zip(values, prediction.candidates, strict=True)
-            ]
+            likelihoods = [found.get(token, 0.0) for found in said]
             none = 0.0
         else:
-            shares = [
-                weight * max(0.0, 1.0 - sum(p for _, p in found))
-                for weight, found in zip(values, prediction.candidates, strict=True)
-            ]
+            likelihoods = [max(0.0, 1.0 - sum(found.values())) for found in said]
             none = 1.0 - sum(values)
+        shares = [value * x for value, x in zip(values, likelihoods, strict=True)]
         total = none + sum(shares)
         if total > 0.0:
             prediction.weights.move([share / total for share in shares])

@@ -53,14 +53,15 @@ def merge_topk(
     """
     rate = np.where(old_probs.any(axis=1, keepdims=True), np.float32(decay), np.float32(1.0))
     old = old_probs * (1 - rate)
-    new = new_probs * rate
     same = (new_ids[:, :, None] == old_ids[:, None, :]) & (new_probs > 0)[:, :, None]
-    new += np.matmul(same, old[:, :, None], dtype=np.float32)[:, :, 0]
+    new = new_probs * rate + np.where(same, old[:, None, :], np.float32(0)).sum(axis=2)
     old[same.any(axis=1)] = 0.0
     ids = np.concatenate([new_ids, old_ids], axis=1)
     probs = np.concatenate([new, old], axis=1)
     order = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(probs, order, axis=1)
+    # Flat indices: np.take_along_axis costs more than the sort at these sizes.
+    order += np.arange(0, probs.size, probs.shape[1])[:, None]
+    return ids.ravel()[order], probs.ravel()[order]
 
 
 class _Table:
@@ -75,30 +76,25 @@ class _Table:
         self._key_of: list[int] = []
         self._next = 0
 
-    def update(self, rows: dict[int, int], fresh: VerifiedRows, decay: float) -> None:
-        """Merge in the rows of `fresh` that `rows` names (key -> row number)."""
-        slots = [self._claim(key) for key in rows]
+    def update(self, row_of: dict[int, int], rows: VerifiedRows, decay: float) -> None:
+        """Merge in the rows that `row_of` names by key."""
         # A slot claimed twice (more contexts in one step than capacity) keeps its last claim.
-        kept = dict(zip(slots, rows.values(), strict=True))
-        at = np.fromiter(kept.keys(), np.int64, len(kept))
-        row = np.fromiter(kept.values(), np.int64, len(kept))
-        self.ids[at], self.probs[at] = merge_topk(
-            self.ids[at],
-            self.probs[at],
-            fresh.top_ids[row].astype(np.int32),
-            fresh.top_probs[row],
+        claimed = {self._claim(key): row for key, row in row_of.items()}
+        slot, row = np.array([*claimed.items()], np.int64).T
+        self.ids[slot], self.probs[slot] = merge_topk(
+            self.ids[slot],
+            self.probs[slot],
+            rows.top_ids[row].astype(np.int32),
+            rows.top_probs[row],
             decay,
         )
 
     def successors(self, key: int) -> Candidates:
         slot = self._slot_of.get(key)
         if slot is None:
-            return []
-        return [
-            (token, prob)
-            for token, prob in zip(self.ids[slot].tolist(), self.probs[slot].tolist(), strict=True)
-            if prob > _NEGLIGIBLE
-        ]
+            return {}
+        ids, probs = self.ids[slot].tolist(), self.probs[slot].tolist()
+        return {t: p for t, p in zip(ids, probs) if p > _NEGLIGIBLE}  # noqa: B905 (hot)
 
     def _claim(self, key: int) -> int:
         slot = self._slot_of.get(key)
@@ -158,16 +154,13 @@ class _Recycling:
 
     def observe(self, rows: VerifiedRows) -> None:
         """Merge the rows into the tables; of rows that share a context the last one counts."""
-        contexts = rows.contexts.tolist()
         by_namespace: dict[int, dict[int, int]] = {}
-        for row, ((before, last), namespace) in enumerate(
-            zip(contexts, rows.namespaces.tolist(), strict=True)
-        ):
-            key = self._key(before, last)
+        keys = [self._key(before, last) for before, last in rows.contexts.tolist()]
+        for row, (key, namespace) in enumerate(zip(keys, rows.namespaces.tolist(), strict=True)):
             if key >= 0:
                 by_namespace.setdefault(namespace, {})[key] = row
-        for namespace, keyed in by_namespace.items():
-            self._table(namespace).update(keyed, rows, self._decay)
+        for namespace, row_of in by_namespace.items():
+            self._table(namespace).update(row_of, rows, self._decay)
 
     def root(self, request: str) -> _Context:
         """The committed context."""

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 State: TypeAlias = Any
 """A context as one source sees it; only the source that made it looks inside."""
 
-Candidates: TypeAlias = list[tuple[int, float]]
-"""Distinct token ids with their probabilities; the probabilities sum to at most 1."""
+Candidates: TypeAlias = dict[int, float]
+"""Token ids with their probabilities, which are positive and sum to at most 1."""
 
 
 @dataclass(frozen=True, slots=True)

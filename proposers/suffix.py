@@ -175,7 +175,7 @@ class SuffixSource:
             mass[token] = mass.get(token, 0.0) + weight
             total += weight
         vocab_size = self._vocab_size
-        found = [(token, w / total) for token, w in mass.items() if 0 <= token < vocab_size]
+        found = {token: w / total for token, w in mass.items() if 0 <= token < vocab_size}
         return (_bucket(longest) if found else 0), found
 
     def prior(self, bucket: int, greedy: bool) -> float:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From ``{"method": "dyspec", ...}`` to a configuration that stock vLLM accepts.
 
-vLLM's ``SpeculativeConfig`` takes a closed list of methods and no free-form options.  We ride on its
-``custom_class`` (which selects Model Runner V1 and synchronous scheduling), name our worker in
-``worker_cls`` and carry the options in ``additional_config``: small, JSON, hashed by vLLM into the key of
-its compile cache.  The translation is idempotent: vLLM may build a configuration twice from one
-``EngineArgs``.
+vLLM's ``SpeculativeConfig`` takes a closed list of methods and no free-form options.  We ride on
+its ``custom_class`` (which selects Model Runner V1 and synchronous scheduling), name our worker in
+``worker_cls`` and carry the options in ``additional_config``: small, JSON, hashed by vLLM into the
+key of its compile cache.  The translation is idempotent: vLLM may build a configuration twice from
+one ``EngineArgs``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def is_ours(speculative_config: Any) -> bool:
 
 
 def _merged_config(engine_args: Any) -> dict[str, Any] | None:
-    """The speculative config with ``--spec-method`` and ``--spec-tokens`` merged in, as vLLM does."""
+    """The speculative config with ``--spec-method`` and ``--spec-tokens`` merged in."""
     flags = {"method": engine_args.spec_method, "num_speculative_tokens": engine_args.spec_tokens}
     given = {key: value for key, value in flags.items() if value is not None}
     config = engine_args.speculative_config
@@ -103,8 +103,8 @@ def _worker_class(parallel_config: Any) -> str:
     ours = CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
     if parallel_config.worker_cls not in ("auto", ours):
         raise OptionError(
-            f"worker_cls is '{parallel_config.worker_cls}', but our speculative methods bring their "
-            f"own ({ours}): remove --worker-cls"
+            f"worker_cls is '{parallel_config.worker_cls}', but our speculative methods bring "
+            f"their own ({ours}): remove --worker-cls"
         )
     return ours
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every symbol of vLLM that this package touches: what, why, and when the hook can go.
 
-The table is the capability check.  :func:`check` resolves each symbol in the installed vLLM and compares
-the parameters that we rely on; :func:`require` refuses all or nothing, before anything is touched.  The
-drift tests run the same table, so an upgrade of vLLM that moves a symbol fails there by name.
+The table is the capability check.  :func:`check` resolves each symbol in the installed vLLM and
+compares the parameters that we rely on; :func:`require` refuses all or nothing, before anything is
+touched.  The drift tests run the same table, so an upgrade of vLLM that moves a symbol fails there
+by name.
 """
 
 from __future__ import annotations

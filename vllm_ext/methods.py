@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The speculative methods that this package adds, and their options.
 
-Each option is a typed field with a default, a range and a one-line description: validation, the table of
-``vllm-ext methods`` and ``docs/methods.md`` are all generated from here.
+Each option is a typed field with a default, a range and a one-line description: validation, the
+table of ``vllm-ext methods`` and ``docs/methods.md`` are all generated from here.
 """
 
 from __future__ import annotations

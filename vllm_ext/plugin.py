@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``vllm.general_plugins`` entry point.
 
-vLLM calls :func:`register` in every process (front end, engine core, workers, model inspection), some of
-them several times: it must be quick, idempotent and must not raise for users who use none of our methods.
+vLLM calls :func:`register` in every process (front end, engine core, workers, model inspection),
+some of them several times: it must be quick, idempotent and must not raise for users who use none
+of our methods.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def register() -> None:
         import vllm
     except ImportError as error:
         raise ImportError(
-            "vllm-ext needs vLLM: pip install 'vllm-ext[cpu]' (CPU engine) or 'vllm-ext[cuda]' (GPUs)"
+            "vllm-ext needs vLLM: pip install 'vllm-ext[cpu]' (CPUs) or 'vllm-ext[cuda]' (GPUs)"
         ) from error
 
     from vllm_ext import hooks
@@ -49,7 +50,7 @@ def warn_if_untested() -> None:
 
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED_VERSIONS:
         logger.warning(
-            "vllm-ext was tested with vLLM %s, this is %s; run `vllm-ext doctor` and `vllm-ext verify`",
+            "vllm-ext was tested with vLLM %s, not %s; run `vllm-ext doctor` and `vllm-ext verify`",
             ", ".join(TESTED_VERSIONS),
             vllm.__version__,
         )

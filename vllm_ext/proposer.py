@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class that ``SpeculativeConfig.model`` names: a guard, since the runner subclass drafts itself."""
+"""The class that ``SpeculativeConfig.model`` names: a guard, for the runner drafts itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 class TreeProposer:
     """Stands where vLLM's ``custom_class`` wants a proposer.
 
-    Drafting needs logits, request ids and sampling parameters, which ``propose`` does not get; the runner
-    subclass of this package has them.  If ``propose`` is ever called, that runner is not in place.
+    Drafting needs logits, request ids and sampling parameters, which ``propose`` does not get; the
+    runner subclass of this package has them.  If ``propose`` is ever called, that runner is not in
+    place.
     """
 
     def __init__(self, vllm_config: Any) -> None:

@@ -2,8 +2,9 @@
 """Tree attention for vLLM's CPU backend.
 
 A tree row sees the committed context of its request and its own ancestors:
-``softmax(q K^T * scale + mask) V`` with mask 0 for context and ancestors, -inf for siblings and their
-descendants.  All other rows, and every step without a branching tree, run on the stock kernel.
+``softmax(q K^T * scale + mask) V`` with mask 0 for context and ancestors, -inf for siblings and
+their descendants.  All other rows, and every step without a branching tree, run on the stock
+kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
     """Stock implementation plus tree attention for the rows that need it.
 
     Attributes:
-        key_layout: set by the worker after probing; ``None`` until then and where trees are refused.
+        key_layout: set by the worker after probing; ``None`` until then and where trees are
+            refused.
     """
 
     key_layout: KeyLayout | None = None
@@ -62,12 +64,13 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend; see the stock method.  Tree rows of ``output`` are written here, the rest there."""
+        """Attend; see the stock method.  Only tree rows of ``output`` are written here."""
         step: AttentionStep | None = getattr(attn_metadata, STEP_ATTRIBUTE, None)
         if step is None:
-            return super().forward(
+            super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
+            return output
         if not step.only_trees:
             super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs

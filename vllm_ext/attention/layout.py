@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the CPU cache stores keys: probed, never assumed.
 
-vLLM's CPU writer packs the keys of a block for its own kernels (transposed for the vector ISA, otherwise
-for AMX).  A wrong guess does not crash: it silently gives garbage.  So numbered keys are written through
-the stock writer into a scratch block and read back.
+vLLM's CPU writer packs the keys of a block for its own kernels (transposed for the vector ISA,
+otherwise for AMX).  A wrong guess does not crash: it silently gives garbage.  So numbered keys are
+written through the stock writer into a scratch block and read back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class KeyLayout:
     Attributes:
         block_size: slots of a block.
         head_size: dimensions of a key.
-        order: int64 [block_size * head_size]; place in memory of element ``slot * head_size + dim``.
+        order: int64 [block_size * head_size]; place in memory of element ``slot * head_size +
+            dim``.
     """
 
     block_size: int
@@ -59,7 +60,7 @@ class KeyLayout:
 
 
 def read_values(blocks: torch.Tensor) -> torch.Tensor:
-    """Values in slot order: [blocks, kv_heads, block_size, head_size] to [kv_heads, slots, head_size]."""
+    """[blocks, kv_heads, block_size, head_size] as stored to [kv_heads, slots, head_size]."""
     return blocks.transpose(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
 
 

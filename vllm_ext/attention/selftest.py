@@ -2,8 +2,8 @@
 """Start-up self-test of CPU tree attention, on random keys and values.
 
 A wrong cache layout or mask does not crash: it changes the text.  So before any request: (1) tree
-attention of a chain must equal the stock kernel; (2) tree attention of a random tree must equal dense
-attention with an explicit mask in float64.
+attention of a chain must equal the stock kernel; (2) tree attention of a random tree must equal
+dense attention with an explicit mask in float64.
 """
 
 from __future__ import annotations

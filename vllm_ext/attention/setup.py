@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up: decide whether this engine can verify trees, and prove it on this machine.
 
-Every attention layer must be one that tree attention covers, its key layout is probed, and a self-test
-compares tree attention with the stock kernel (on a chain) and with dense masked attention (on a tree).
-Whatever does not pass makes the engine draft chains, in one clear log line.
+Every attention layer must be one that tree attention covers, its key layout is probed, and a
+self-test compares tree attention with the stock kernel (on a chain) and with dense masked attention
+(on a tree). Whatever does not pass makes the engine draft chains, in one clear log line.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV commit: write the accepted nodes' keys and values to the slots of their final positions.
 
-The attention layers stash the keys and values of tree rows; after the walk the accepted ones are written
-by the backend's own writer.  So nothing here knows the layout, dtype or quantisation of the cache, and no
-source can be overwritten before it is read.
+The attention layers stash the keys and values of tree rows; after the walk the accepted ones are
+written by the backend's own writer.  So nothing here knows the layout, dtype or quantisation of the
+cache, and no source can be overwritten before it is read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def accepted_moves(
         paths: per request of the batch, its accepted nodes in order.
 
     Returns:
-        Indices into the stash, and for each the batch row whose slot it must fill.  The j-th accepted node
-        (from 1) belongs to the slot of row ``start + j``; a node that is already there is left out.
+        Indices into the stash, and for each the batch row whose slot it must fill.  The j-th
+        accepted node (from 1) belongs to the slot of row ``start + j``; a node that is already
+        there is left out.
     """
     sources: list[int] = []
     rows: list[int] = []

@@ -27,7 +27,7 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
     """CPU runner that verifies token trees."""
 
     def _undrawn(self) -> list[int]:
-        """Unfinished prompts: a CPU generator cannot be rolled back, so it must not be drawn from."""
+        """Unfinished prompts: a CPU generator cannot be rolled back, so nothing is drawn."""
         count = self.input_batch.num_reqs
         return [int(i) for i in np.nonzero(self.discard_request_mask.np[:count])[0]]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker and runner for vLLM's CUDA engine.
 
-Branching trees are not verified on CUDA yet: the drafter sends its best chain, which the stock attention
-backends verify, and the walk keeps every sampling feature.
+Branching trees are not verified on CUDA yet: the drafter sends its best chain, which the stock
+attention backends verify, and the walk keeps every sampling feature.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 
 vLLM's own counters travel with the scheduler's statistics, which have no room for ours.  The worker
 therefore keeps its counters in a small memory-mapped file that the front end made and named in the
-environment, and a collector in the front end reads it whenever ``/metrics`` is asked.  In Prometheus'
-multiprocess mode (several API servers) the worker's ``prometheus_client`` counters are collected by vLLM.
+environment, and a collector in the front end reads it whenever ``/metrics`` is asked.  In the
+multiprocess mode (several API servers) the worker's ``prometheus_client`` counters are collected by
+vLLM.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Counters:
     """The worker's side: float64 slots, in the shared file if there is one.
 
     Args:
-        shared: whether this process speaks for its engine (one rank of a tensor-parallel group does).
+        shared: whether this process speaks for its engine (one rank of a tensor-parallel group
+            does).
     """
 
     def __init__(self, *, shared: bool) -> None:

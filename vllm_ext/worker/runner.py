@@ -42,7 +42,8 @@ class TreeRunnerMixin:
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
-        trees_refused: why branching trees cannot be verified here (then chains are drafted), or ``None``.
+        trees_refused: why branching trees cannot be verified here (then chains are drafted), or
+            ``None``.
     """
 
     trees_refused: str | None = "tree attention was not set up"
@@ -90,7 +91,7 @@ class TreeRunnerMixin:
 
     @torch.inference_mode()
     def measure_forward(self: Any, rows: int, repeats: int = 3) -> float:
-        """Seconds of a forward pass over ``rows`` dummy tokens with their logits, best of several."""
+        """Seconds of a forward pass over ``rows`` dummy tokens with logits; best of several."""
         best = float("inf")
         for _ in range(repeats):
             begin = time.perf_counter()
@@ -105,10 +106,10 @@ class TreeRunnerMixin:
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Stock, timed."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)
-        return super().execute_model(scheduler_output, intermediate_tensors)
+        return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
 
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         batch = self.input_batch
         count = batch.num_reqs
         self._step = step = build_step(
@@ -125,7 +126,7 @@ class TreeRunnerMixin:
         return prepared
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        built = super()._build_attention_metadata(*args, **kwargs)
+        built = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
         if self._step is not None and self._step.attention is not None:
             for metadata in built[0].values():
                 setattr(metadata, STEP_ATTRIBUTE, self._step.attention)
@@ -133,7 +134,7 @@ class TreeRunnerMixin:
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if logits is None or self._step is None:
-            return super()._sample(logits, spec_decode_metadata)
+            return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         step: Step = self._step
         batch = self.input_batch
         self._seen = candidates(logits)
@@ -283,8 +284,8 @@ class TreeRunnerMixin:
 def _processors_built_under_speculation() -> Iterator[None]:
     """Let vLLM build min_p, logit_bias and custom logits processors although speculation is on.
 
-    The stock function refuses or drops them because its rejection sampler would ignore them; the walk
-    honours them.  The name is replaced in the runner's module only while the runner is made.
+    The stock function refuses or drops them because its rejection sampler would ignore them; the
+    walk honours them.  The name is replaced in the runner's module only while the runner is made.
     """
     original = gpu_model_runner.build_logitsprocs
 

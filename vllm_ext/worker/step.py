@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trees of one engine step, laid out as rows of the batch.
 
-A request that verifies a tree of N nodes contributes 1 + N consecutive rows: the root (its last committed
-token) and the nodes.  vLLM gives row i the position and the slot ``base + i``, as for a chain.  For a
-branching tree the *position* becomes ``base + depth``; the *slot* stays, and accepted nodes are written to
-their final slots after the walk.
+A request that verifies a tree of N nodes contributes 1 + N consecutive rows: the root (its last
+committed token) and the nodes.  vLLM gives row i the position and the slot ``base + i``, as for a
+chain.  For a branching tree the *position* becomes ``base + depth``; the *slot* stays, and accepted
+nodes are written to their final slots after the walk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from proposers.tree import TokenTree
 
 STEP_ATTRIBUTE = "vllm_ext_step"
-"""Attribute of vLLM's attention metadata under which the runner attaches an :class:`AttentionStep`."""
+"""Attribute of vLLM's attention metadata that holds the :class:`AttentionStep`."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,8 @@ class AttentionStep:
         trees: the branching trees, in batch order.
         rows: int64 [R]; the batch rows of all branching trees, in order.
         only_trees: whether every row of the batch belongs to a branching tree.
-        masks: additive masks, cached per (tree, padded context, window, dtype) for the step's layers.
+        masks: additive masks, cached per (tree, padded context, window, dtype) for the step's
+            layers.
         stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
     """
 
@@ -101,9 +102,9 @@ class Step:
 def scheduled_tree(proposed: TokenTree | None, scheduled: Sequence[int]) -> TokenTree:
     """The tree that the scheduler kept: a prefix of what was proposed.
 
-    The scheduler truncates drafts (token budget, ``max_model_len``, grammar); nodes are in an order in
-    which every prefix is a tree.  Anything else than a prefix is not ours: it is read as a chain, which is
-    what the stock rows mean, and costs at most acceptance.
+    The scheduler truncates drafts (token budget, ``max_model_len``, grammar); nodes are in an order
+    in which every prefix is a tree.  Anything else than a prefix is not ours: it is read as a
+    chain, which is what the stock rows mean, and costs at most acceptance.
     """
     size = len(scheduled)
     if proposed is not None and list(proposed.tokens[:size]) == list(scheduled):

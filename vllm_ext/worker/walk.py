@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The walk: lossless verification of token trees with vLLM's own Sampler.
 
-At each level the Sampler draws one token per live request from the target's logits at the current node;
-the token is emitted, and the walk descends if a child of the node holds it.  For a draft tree fixed before
-the draw this is exact (sample-then-match: the joint law is the target's, whatever was drafted), and since
-every emitted token is one ordinary call of the Sampler, each sampling feature means what it means without
-speculation, and a seeded request consumes its generator draw by draw as it would there.
+At each level the Sampler draws one token per live request from the target's logits at the current
+node; the token is emitted, and the walk descends if a child of the node holds it.  For a draft tree
+fixed before the draw this is exact (sample-then-match: the joint law is the target's, whatever was
+drafted), and since every emitted token is one ordinary call of the Sampler, each sampling feature
+means what it means without speculation, and a seeded request consumes its generator draw by draw as
+it would there.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def walk(
         metadata: vLLM's ``SamplingMetadata`` of the batch, one entry per request.
         trees: the tree of each request, possibly empty.
         starts: row of each request's root in ``logits``.
-        histories: the live output token lists that penalties and processors read; each path is visible
-            in them while walking, and taken off again at the end.
+        histories: the live output token lists that penalties and processors read; each path is
+            visible in them while walking, and taken off again at the end.
         update_processors: lets logits processors look at the histories between levels.
-        undrawn: requests whose draw is thrown away (unfinished prompts) and whose generator must stay
-            where it is.
+        undrawn: requests whose draw is thrown away (unfinished prompts) and whose generator must
+            stay where it is.
 
     Returns:
         The emitted tokens of each request and the nodes that were accepted.
@@ -117,7 +118,8 @@ def walk(
 def _with_generators(metadata: Any, drawing: Sequence[int], count: int) -> Any:
     """Drop the generators of requests that are done: their draw at this level is thrown away.
 
-    A generator that advanced here would make a seeded request's output depend on its neighbours' depth.
+    A generator that advanced here would make a seeded request's output depend on its neighbours'
+    depth.
     """
     if not metadata.generators or len(drawing) == count:
         return metadata
