@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines on a tiny random model, for tests that need the whole of vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 96
+MAX_LEN = 256
+EOS = 1
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """Save a random two-layer Llama with a small vocabulary; its text repeats itself soon."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LEN,
+        initializer_range=0.35,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=EOS,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_engine(model: Path, speculative: dict[str, Any] | None, **options: Any) -> Any:
+    """An offline engine with small, awkward limits: chunked prompts and mixed batches."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": MAX_LEN,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 96,
+        "block_size": 32,
+        "seed": 0,
+        "disable_log_stats": False,
+    }
+    return LLM(str(model), speculative_config=speculative, **{**defaults, **options})
+
+
+def prompts(count: int, seed: int = 0, longest: int = 60) -> list[dict[str, list[int]]]:
+    """Random prompts of different lengths; some longer than a step's token budget allows."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(3, longest, (1,), generator=generator))
+        tokens = torch.randint(2, VOCAB, (length,), generator=generator)
+        made.append({"prompt_token_ids": tokens.tolist()})
+    return made
+
+
+def texts(engine: Any, requests: list[Any], params: Any) -> list[list[list[int]]]:
+    """Token ids of every sample of every request."""
+    outputs = engine.generate(requests, params, use_tqdm=False)
+    return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+
+
+def spec_metrics(engine: Any) -> dict[str, int]:
+    """vLLM's own speculation counters."""
+    return {
+        metric.name.removeprefix("vllm:spec_decode_"): metric.value
+        for metric in engine.get_metrics()
+        if metric.name.startswith("vllm:spec_decode_") and hasattr(metric, "value")
+    }

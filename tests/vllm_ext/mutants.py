@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker whose engine parts can be broken on purpose while it runs.
+
+Each mutation removes one thing that exactness rests on; the tests require that the text then changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_ext.attention.layout import KeyLayout
+from vllm_ext.worker import runner as runner_module
+from vllm_ext.worker import step as step_module
+from vllm_ext.worker import walk as walk_module
+from vllm_ext.worker.cpu import TreeCPUWorker
+
+ORIGINALS = {
+    "build": step_module.TreeRows.__dict__["build"],
+    "commit": runner_module.commit,
+    "generators": walk_module._with_generators,
+}
+
+
+def _see_all(cls: Any, *args: Any) -> Any:
+    rows = ORIGINALS["build"].__func__(cls, *args)
+    rows.visible = np.tril(np.ones_like(rows.visible))
+    return rows
+
+
+def _sequential_positions(cls: Any, *args: Any) -> Any:
+    rows = ORIGINALS["build"].__func__(cls, *args)
+    rows.depths = np.arange(rows.size)
+    return rows
+
+
+def _one_wrong_slot(step: Any, paths: Any, layers: Any, slot_mappings: Any) -> None:
+    shifted = {name: slots.roll(1) for name, slots in slot_mappings.items()}
+    ORIGINALS["commit"](step, paths, layers, shifted)
+
+
+class MutantWorker(TreeCPUWorker):
+    """The real worker, plus :meth:`mutate`."""
+
+    def mutate(self, name: str) -> list[str]:
+        """Break one thing (``none`` repairs everything) and return what can be broken."""
+        runner: Any = self.model_runner
+        step_module.TreeRows.build = ORIGINALS["build"]
+        runner_module.commit = ORIGINALS["commit"]
+        walk_module._with_generators = ORIGINALS["generators"]
+        runner.__dict__.pop("_update_processors", None)
+        impls = [
+            layer.impl
+            for layer in runner.compilation_config.static_forward_context.values()
+            if hasattr(layer, "impl")
+        ]
+        for impl in impls:
+            impl.key_layout = impl.__dict__.setdefault("_true_layout", impl.key_layout)
+
+        if name == "ancestor-mask":
+            step_module.TreeRows.build = classmethod(_see_all)  # type: ignore[assignment]
+        elif name == "positions":
+            step_module.TreeRows.build = classmethod(_sequential_positions)  # type: ignore
+        elif name == "no-commit":
+            runner_module.commit = lambda *args: None
+        elif name == "wrong-slot":
+            runner_module.commit = _one_wrong_slot
+        elif name == "generators-kept":
+            walk_module._with_generators = lambda metadata, drawing, count: metadata
+        elif name == "processors-stale":
+            runner._update_processors = lambda: None
+        elif name == "cache-layout":
+            for impl in impls:
+                true = impl.key_layout
+                impl.key_layout = KeyLayout(
+                    true.block_size, true.head_size, torch.arange(len(true.order))
+                )
+        elif name != "none":
+            raise ValueError(name)
+        return [
+            "ancestor-mask",
+            "positions",
+            "no-commit",
+            "wrong-slot",
+            "generators-kept",
+            "processors-stale",
+            "cache-layout",
+        ]
+
+    def tree_counters(self) -> dict[str, float]:
+        """The worker's own counters, as plain numbers."""
+        runner: Any = self.model_runner
+        return dict(runner._counters.snapshot())

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole engine, with and without us: the tokens must be the same.
+
+Trees are forced to be large (``adaptive`` off), so that branches are verified in every step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.vllm_ext.engine import (
+    MAX_LEN,
+    VOCAB,
+    make_engine,
+    make_tiny_model,
+    prompts,
+    spec_metrics,
+    texts,
+)
+
+pytestmark = pytest.mark.engine
+
+SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 12, "adaptive": False}
+PROCESSORS = ["tests.vllm_ext.processors:AlternatingBan"]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Plain vLLM and ours, side by side."""
+    model = make_tiny_model(tmp_path_factory.mktemp("model"))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.mutants.MutantWorker")
+    # Plain vLLM dies of a seed with a chunked prompt on the CPU, so it gets room for whole prompts.
+    plain = make_engine(model, None, logits_processors=PROCESSORS, max_num_batched_tokens=1024)
+    ours = make_engine(model, dict(SPECULATIVE), logits_processors=PROCESSORS)
+    yield plain, ours
+    patch.undo()
+    for engine in (plain, ours):
+        engine.llm_engine.engine_core.shutdown()
+
+
+def params(**options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"max_tokens": 40, "temperature": 0.0, "detokenize": False, **options})
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "ignore_eos": {"ignore_eos": True},
+    "seeded": {"temperature": 0.9, "seed": 3},
+    "top_k": {"temperature": 1.0, "seed": 4, "top_k": 5},
+    "top_p": {"temperature": 0.8, "seed": 5, "top_p": 0.9},
+    "min_p": {"temperature": 1.2, "seed": 6, "min_p": 0.1},
+    "penalties": {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.2,
+    },
+    "penalties_seeded": {"temperature": 0.9, "seed": 2, "frequency_penalty": 0.7},
+    "logit_bias": {"logit_bias": {5: 4.0, 17: -8.0}},
+    "allowed_token_ids": {"allowed_token_ids": list(range(0, VOCAB, 3))},
+    "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(2, 40))},
+    "stop_token_ids": {"stop_token_ids": [7, 8, 9, 30, 31], "ignore_eos": True},
+    "n": {"temperature": 0.9, "seed": 8, "n": 3},
+    "one_token": {"max_tokens": 1},
+    "two_tokens": {"max_tokens": 2},
+    "processor": {"extra_args": {"ban": 3}, "ignore_eos": True},
+    "processor_seeded": {"extra_args": {"ban": 4}, "temperature": 0.8, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_tokens(engines: tuple[Any, Any], name: str) -> None:
+    plain, ours = engines
+    requests = prompts(8, seed=len(name))
+    expected = texts(plain, requests, params(**CASES[name]))
+    assert texts(ours, requests, params(**CASES[name])) == expected
+    assert texts(ours, requests[:1], params(**CASES[name])) == texts(
+        plain, requests[:1], params(**CASES[name])
+    )
+
+
+def test_same_tokens_when_every_request_differs(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    mixed = [params(**options) for name, options in CASES.items() if name != "n"]
+    requests = prompts(len(mixed), seed=11)
+    assert texts(ours, requests, mixed) == texts(plain, requests, mixed)
+
+
+def test_trees_branch_and_are_accepted(engines: tuple[Any, Any]) -> None:
+    _, ours = engines
+    texts(ours, prompts(6, seed=5), params(ignore_eos=True))
+    counters = ours.collective_rpc("tree_counters")[0]
+    assert counters["branching_trees"] > 50
+    assert counters["accepted_tokens"] > 50
+    assert counters["emitted_tokens"] >= counters["accepted_tokens"] + counters["request_steps"]
+    metrics = spec_metrics(ours)
+    assert metrics["num_accepted_tokens"] > 50
+    assert metrics["num_draft_tokens"] > metrics["num_accepted_tokens"]
+
+
+def test_logprobs_are_those_of_the_accepted_rows(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(5, seed=2)
+    wanted = params(logprobs=3, prompt_logprobs=2, ignore_eos=True, flat_logprobs=False)
+    for theirs, mine in zip(
+        plain.generate(requests, wanted, use_tqdm=False),
+        ours.generate(requests, wanted, use_tqdm=False),
+        strict=True,
+    ):
+        assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+        for a, b in zip(mine.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
+            assert a.keys() == b.keys()
+            for token in a:
+                assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
+                assert a[token].rank == b[token].rank
+        assert len(mine.prompt_logprobs) == len(theirs.prompt_logprobs)
+
+
+def test_generates_to_the_last_position(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(3, seed=9)
+    endless = params(max_tokens=None, ignore_eos=True)
+    expected = texts(plain, requests, endless)
+    assert texts(ours, requests, endless) == expected
+    lengths = [
+        len(request["prompt_token_ids"]) + len(samples[0])
+        for request, samples in zip(requests, expected, strict=True)
+    ]
+    assert set(lengths) == {MAX_LEN}
+
+
+def test_seed_with_a_chunked_prompt(engines: tuple[Any, Any]) -> None:
+    """vLLM's CPU engine alone dies of this (it rolls back a generator that cannot be)."""
+    plain, ours = engines
+    long = prompts(2, seed=4, longest=60)
+    long = [{"prompt_token_ids": (p["prompt_token_ids"] * 60)[:200]} for p in long]
+    sampled = params(temperature=0.9, seed=12, max_tokens=20)
+    chunked = texts(ours, long, sampled)
+    assert chunked == texts(ours, long, sampled)  # again, now from cached prefixes
+    short = prompts(1, seed=1)
+    assert texts(ours, short, sampled) == texts(plain, short, sampled)
+
+
+def test_abort_leaves_the_others_alone(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(5, seed=21)
+    expected = texts(plain, requests, params(ignore_eos=True))
+    engine = ours.llm_engine
+    finished: dict[str, list[int]] = {}
+    ids = [
+        engine.add_request(f"a{i}", request, params(ignore_eos=True)) or f"a{i}"
+        for i, request in enumerate(requests)
+    ]
+    for step in range(1000):
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        if step == 3:
+            engine.abort_request([ids[1], ids[3]])
+        if not engine.has_unfinished_requests():
+            break
+    by_index = {int(name.split("-")[0][1:]): tokens for name, tokens in finished.items()}
+    for index in (0, 2, 4):
+        assert by_index[index] == expected[index][0]
+
+
+def test_every_mutation_changes_the_text(engines: tuple[Any, Any]) -> None:
+    """What exactness rests on, taken away one thing at a time."""
+    plain, ours = engines
+    requests = prompts(6, seed=33)
+    sampled = [
+        params(temperature=0.9, seed=i, ignore_eos=True, max_tokens=30 + i) for i in range(6)
+    ]
+    processed = [params(extra_args={"ban": 3}, min_tokens=12, max_tokens=30) for _ in range(6)]
+    stopping = [
+        params(min_tokens=15, stop_token_ids=list(range(2, VOCAB)), max_tokens=30) for _ in range(6)
+    ]
+    cases = [sampled, processed, stopping]
+    expected = [texts(plain, requests, case) for case in cases]
+    survivors = []
+    for name in ours.collective_rpc("mutate", args=("none",))[0]:
+        ours.collective_rpc("mutate", args=(name,))
+        ours.reset_prefix_cache()
+        if [texts(ours, requests, case) for case in cases] == expected:
+            survivors.append(name)
+    ours.collective_rpc("mutate", args=("none",))
+    ours.reset_prefix_cache()
+    assert survivors == []
+    assert [texts(ours, requests, case) for case in cases] == expected
