@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,64 @@ from numpy.typing import NDArray
 _CLIP = 0.3
 """Largest log-ratio that one step may report: a pause of the machine is not a cost of rows."""
 
-_RATE_SHARED = 0.1
-_RATE_ANCHOR = 0.1
-"""Step sizes for drift that all row counts share (context length, load) and for one anchor's."""
+_RATE_SHARED = 0.02
+_RATE_ANCHOR = 0.05
+"""Step sizes for drift that all row counts share (context length, load) and for one anchor's.
+
+The second is the larger one, so that a wrong belief corrects itself: if steps of the size in use
+turn out slow, sizes that are not in use must look better by comparison, or none would be tried.
+"""
+
+
+class SizeSearch:
+    """Finds the best number of nodes while they arrive best first; see `CostModel.search`.
+
+    Attributes:
+        size: the best number so far.
+        min_prob: no node below it can be the last one of a best size.
+    """
+
+    def __init__(
+        self, costs: list[float], corners: list[int], base_tokens: float, advantage: float
+    ) -> None:
+        """Seconds by number of nodes (piecewise linear, bent at `corners`, which ends with the
+        last index), and the factor by which nodes must beat none.
+        """
+        self.size = 0
+        self._costs = costs
+        self._corners = corners
+        self._n = 0
+        self._tokens = base_tokens
+        self._best = base_tokens / costs[0] * advantage
+        # The last node of the best size brings at least what its row costs at the best rate.
+        self.min_prob = self._best * min(
+            (after - before for before, after in pairwise(costs)), default=0.0
+        )
+
+    def add(self, prob: float) -> None:
+        """Take the next node."""
+        self._n += 1
+        self._tokens += prob
+        rate = self._tokens / self._costs[self._n]
+        if rate > self._best:
+            self._best, self.size = rate, self._n
+
+    def hopeless(self, prob: float) -> bool:
+        """Whether no size beyond the nodes taken can win if none of the rest exceeds `prob`."""
+        # With all the rest at `prob` the gain is linear and the cost piecewise linear in the
+        # number of nodes, and the present number does not win: if any does, a corner does.
+        n, tokens, best, costs = self._n, self._tokens, self._best, self._costs
+        return not any(
+            corner > n and tokens + prob * (corner - n) > best * costs[corner]
+            for corner in self._corners
+        )
 
 
 class CostModel:
     """Latency of a step by its number of scheduled tokens (rows).
+
+    Measured times differ between the ranks of a tensor-parallel group, while their drafts must
+    not: there, one rank measures and all of them `record` what it measured.
 
     Args:
         prior: pairs (rows, seconds) from a start-up measurement; rows distinct and at least 1.
@@ -98,17 +150,17 @@ class CostModel:
             The number of nodes with the highest expected tokens per second, 0 unless it is better
             than no nodes by the margin; the smallest such number on a tie.
         """
-        if not len(sorted_probs):
-            return 0
-        costs = self.curve(base_rows + len(sorted_probs))[base_rows:]
-        tokens = base_tokens + np.cumsum(np.asarray(sorted_probs, np.float64))
-        rates = tokens / costs[1:]
-        best = int(np.argmax(rates))
-        return best + 1 if rates[best] > self.target_rate(base_tokens, costs[0]) else 0
+        search = self.search(base_rows, base_tokens, len(sorted_probs))
+        for prob in sorted_probs:
+            search.add(prob)
+        return search.size
 
-    def target_rate(self, base_tokens: float, base_seconds: float) -> float:
-        """Tokens per second that a step with drafts must exceed."""
-        return base_tokens / base_seconds * (1.0 + self._margin)
+    def search(self, base_rows: int, base_tokens: float, limit: int) -> SizeSearch:
+        """The search that `best_size` makes, for nodes that come one by one; at most `limit`."""
+        costs = self.curve(base_rows + limit)[base_rows:]
+        inner = (self._rows > base_rows) & (self._rows < base_rows + limit)
+        corners = [*(self._rows[inner].astype(int) - base_rows).tolist(), limit]
+        return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)
 
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         anchors = np.maximum.accumulate(np.exp(self._log_seconds))

@@ -20,15 +20,10 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TypeAlias
 
-import numpy as np
-
 from proposers.cost_model import CostModel
 from proposers.mixture import Mixture, Prediction
 from proposers.source import State
 from proposers.tree import ROOT, TokenTree
-
-_CHECK_EVERY = 4
-"""Nodes between two tests whether growing on can still pay."""
 
 _Siblings: TypeAlias = list[tuple[float, int]]
 """Children of one node yet to be added, as (-probability, token), the best one last."""
@@ -45,6 +40,9 @@ class DySpecOptions:
         min_prob: nodes below this path probability are never added.
         decay: weight of fresh target probabilities in the recycling tables.
         trigram_capacity: contexts kept in the trigram table (64 bytes each, per namespace).
+
+    Raises:
+        ValueError: naming a value that is out of range.
     """
 
     max_nodes: int = 32
@@ -82,7 +80,7 @@ class Growth:
     )
 
     def __init__(self, states: list[State], *, greedy: bool, chain: bool, limit: int) -> None:
-        """Begin with the root in the context that `states` stand for; see `TreeGrower.grow`."""
+        """Begin with the root in the context that `states` stand for."""
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.probs: list[float] = []
@@ -142,21 +140,14 @@ def grow(
         One tree per growth, nodes best first.
     """
     limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
-    costs = cost.curve(base_rows + limit)[base_rows:]
-    target = cost.target_rate(base_tokens, costs[0])
-    # The last node of the best size brings at least what its row costs at the best rate.
-    floor = options.min_prob
-    if limit:
-        floor = max(floor, target * float(np.diff(costs).min()))
-    steps = np.arange(1, limit + 1, dtype=np.float64)
+    search = cost.search(base_rows, base_tokens, limit)
+    floor = max(options.min_prob, search.min_prob)
 
     # Of a node's children only the best one not yet added waits in the heap, with the rest behind
     # it. The counter keeps the order of equals reproducible.
     heap: list[tuple[float, int, int, int, float, _Siblings]] = []
     counter = count()
-    probs: list[float] = []
     owners: list[int] = []
-    gained = base_tokens
 
     def expand(index: int, node: int, value: float) -> None:
         growth = growths[index]
@@ -174,25 +165,20 @@ def grow(
             expand(index, ROOT, 1.0)
     while heap and len(owners) < limit:
         negative, _, index, parent, above, siblings = heappop(heap)
-        growth, value, n = growths[index], -negative, len(owners)
+        growth, value = growths[index], -negative
         if len(growth.tokens) >= growth.limit:
             continue
-        if n % _CHECK_EVERY == 0 and not np.any(
-            gained + value * steps[: limit - n] > target * costs[n + 1 :]
-        ):
-            # Even if every further node were as good as this one, no size would beat the best.
+        if search.hopeless(value):
             break
         node = growth.add(parent, siblings.pop()[1], value)
         if siblings:
             heappush(heap, (siblings[-1][0] * above, next(counter), index, parent, above, siblings))
         owners.append(index)
-        probs.append(value)
-        gained += value
-        target = max(target, gained / costs[n + 1])
+        search.add(value)
         if growth.depths[node] < options.max_depth and len(growth.tokens) < growth.limit:
             expand(index, node, value)
 
     kept = [0] * len(growths)
-    for index in owners[: cost.best_size(base_rows, base_tokens, probs)]:
+    for index in owners[: search.size]:
         kept[index] += 1
     return [growth.tree(n) for growth, n in zip(growths, kept, strict=True)]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from proposers.source import Candidates, Source, State
 
-_PRIOR_STRENGTH = 16.0
+_PRIOR_STRENGTH = 8.0
 """Observations that the prior weights count for."""
 
 _MEMORY = 400.0

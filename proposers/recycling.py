@@ -14,6 +14,7 @@ are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -116,15 +117,10 @@ _Context: TypeAlias = tuple[_Table, int, int]
 """A table and a context's last two tokens; a plain tuple, because every tree node makes one."""
 
 
-class _Recycling:
+class _Recycling(ABC):
     """What both keyings share: tables per namespace, and the last two tokens per request."""
 
     def __init__(self, capacity: int, *, decay: float = 0.5, max_namespaces: int = 8) -> None:
-        """See the public classes.
-
-        Raises:
-            ValueError: for a capacity or a number of namespaces below 1, or a decay not in (0, 1].
-        """
         if capacity < 1 or max_namespaces < 1:
             raise ValueError(
                 f"recycling: capacity={capacity}, max_namespaces={max_namespaces}; "
@@ -176,12 +172,13 @@ class _Recycling:
         found = table.successors(self._key(before, last))
         return (1 if found else 0), found
 
+    @abstractmethod
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _key(self, before: int, last: int) -> int:
-        raise NotImplementedError
+        """The table's key of a context; negative: the context has none."""
 
     def _table(self, namespace: int) -> _Table:
         table = self._tables.get(namespace)
@@ -206,11 +203,14 @@ class BigramRecycling(_Recycling):
         capacity: contexts kept per namespace (64 bytes each); the vocabulary size keeps all.
         decay: weight of a fresh row against the stored ones.
         max_namespaces: tables kept; the least recently used one is dropped first.
+
+    Raises:
+        ValueError: for a capacity or a number of namespaces below 1, or a decay not in (0, 1].
     """
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
-        return 0.5 if bucket else 0.0
+        return 0.8 if bucket else 0.0
 
     def _key(self, before: int, last: int) -> int:
         return last
@@ -221,7 +221,7 @@ class TrigramRecycling(_Recycling):
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
-        return 1.5 if bucket else 0.0
+        return (2.0 if greedy else 1.4) if bucket else 0.0
 
     def _key(self, before: int, last: int) -> int:
         return before << 32 | last if before >= 0 and last >= 0 else -1

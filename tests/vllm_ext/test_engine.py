@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from tests.vllm_ext.engine import (
     MAX_LEN,
     VOCAB,

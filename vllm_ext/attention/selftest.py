@@ -154,9 +154,13 @@ class _Case:
         keys = self.keys.double().repeat_interleave(group, dim=1)
         values = self.values.double().repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", self.query.double(), keys) * self.impl.scale
-        position = torch.cat([torch.arange(base), base + torch.from_numpy(rows.depths)])
+        position = torch.arange(total)
         seen = torch.ones((rows.size, total), dtype=torch.bool)
-        seen[:, base:] = torch.from_numpy(rows.visible)
+        seen[:, base + 1 :] = False
+        for node, parent in enumerate(rows.tree.parents):  # not the mask under test: from the tree
+            seen[node + 1] = seen[parent + 1]
+            seen[node + 1, base + 1 + node] = True
+            position[base + 1 + node] = position[base + 1 + parent] + 1
         if self.impl.sliding_window >= 0:
             seen &= position[base:, None] - position[None, :] < self.impl.sliding_window
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)

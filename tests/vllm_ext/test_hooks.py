@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drift: every symbol we touch, and the code around it that we rely on, in the installed vLLM."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+
+from vllm_ext import hooks
+
+
+@pytest.mark.parametrize("hook", hooks.ALL, ids=lambda hook: hook.name)
+def test_hook_is_in_place(hook: hooks.Hook) -> None:
+    report = hooks.check_one(hook)
+    assert report.ok, report.reason
+    assert hook.why
+    assert hook.remove_when
+
+
+def test_names_are_unique() -> None:
+    assert len({hook.name for hook in hooks.ALL}) == len(hooks.ALL)
+
+
+def test_a_missing_symbol_is_refused_by_name() -> None:
+    gone = replace(hooks.ALL[0], target="vllm.engine.arg_utils:EngineArgs.no_such_method")
+    assert not hooks.check_one(gone).ok
+    with pytest.raises(hooks.HookError, match="no_such_method"):
+        hooks.require((hooks.ALL[1], gone))
+
+
+def test_a_changed_signature_is_refused_by_name() -> None:
+    changed = replace(hooks.ALL[0], parameters=("self", "another_argument"))
+    with pytest.raises(hooks.HookError, match="another_argument"):
+        hooks.require((changed,))
+
+
+def test_a_missing_module_is_refused_by_name() -> None:
+    gone = replace(hooks.ALL[0], target="vllm.no_such_module:thing")
+    with pytest.raises(hooks.HookError, match="no_such_module"):
+        hooks.require((gone,))
+
+
+def source(target: str) -> str:
+    return inspect.getsource(hooks.resolve(target))
+
+
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+ANCHORS = [
+    # Positions are final only after the slots were computed from them: rewriting them afterwards
+    # moves positions and leaves slots alone.
+    (f"{RUNNER}._prepare_inputs", "block_table.compute_slot_mapping("),
+    (f"{RUNNER}._prepare_inputs", "self.positions[:total_num_scheduled_tokens]"),
+    # The root's row comes first among a request's logits.
+    (f"{RUNNER}._calc_spec_decode_metadata", "logits_indices"),
+    # Drafting runs after bookkeeping for custom classes, on lists of tokens.
+    (f"{RUNNER}.sample_tokens", "draft_after_bookkeeping = True"),
+    (f"{RUNNER}.sample_tokens", "propose_draft_token_ids(valid_sampled_token_ids)"),
+    (f"{RUNNER}.sample_tokens", "sampler_output = self._sample(logits, spec_decode_metadata)"),
+    # Ragged lists of drafts are passed through.
+    (f"{RUNNER}._get_draft_token_ids_cpu", "isinstance(self._draft_token_ids, list)"),
+    # Bookkeeping extends the live output list by what we return.
+    (f"{RUNNER}._bookkeeping_sync", "req_state.output_token_ids.extend(sampled_ids)"),
+    # The CPU worker looks its runner class up in its own module.
+    ("vllm.v1.worker.cpu_worker:CPUWorker.init_device", "CPUModelRunner(self.vllm_config"),
+    # The scheduler truncates drafts from the end, and counts rejections from what came back.
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "spec_token_ids = spec_token_ids[:num_scheduled_spec_tokens]",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "num_rejected = num_draft_tokens - num_accepted",
+    ),
+    # custom_class selects Model Runner V1.
+    (
+        "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
+        '"custom_class"',
+    ),
+    # worker_cls is replaced only while it is "auto".
+    ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", 'worker_cls == "auto"'),
+    # The sampler reads history, not drafts, unless it samples a bonus token.
+    ("vllm.v1.sample.sampler:Sampler.apply_logits_processors", "if predict_bonus_token and"),
+]
+
+
+@pytest.mark.parametrize(("target", "anchor"), ANCHORS)
+def test_the_code_we_rely_on_is_there(target: str, anchor: str) -> None:
+    assert anchor in source(target), f"{target} no longer contains {anchor!r}"

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options are validated by name, type and range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_ext.methods import METHODS, OptionError, parse_options
+
+DYSPEC = METHODS["dyspec"]
+
+
+def test_defaults_need_nothing() -> None:
+    assert parse_options(DYSPEC, {}).num_speculative_tokens > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"no_such": 1}, r"unknown option 'no_such' \(given 1\)"),
+        ({"num_speculative_tokens": 0}, "'num_speculative_tokens' given as 0: .*greater than"),
+        ({"num_speculative_tokens": 500}, "'num_speculative_tokens' given as 500"),
+        ({"num_speculative_tokens": "8"}, "given as '8': .*integer"),
+        ({"max_depth": 1.5}, "'max_depth' given as 1.5"),
+        ({"min_probability": 1.0}, "'min_probability' given as 1.0"),
+        ({"adaptive": "yes"}, "'adaptive' given as 'yes'"),
+    ],
+)
+def test_bad_options_are_named_with_what_is_allowed(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message) as error:
+        parse_options(DYSPEC, given)
+    assert "num_speculative_tokens (default" in str(error.value)  # what is allowed
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_every_option_is_documented(method: Any) -> None:
+    assert method.summary
+    assert "arXiv" in method.paper
+    for field in method.options.model_fields.values():
+        assert field.description
+        assert not field.is_required()

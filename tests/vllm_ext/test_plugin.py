@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point: idempotent, inert on request, harmless where vLLM is missing or has moved on."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_ext import hooks, plugin
+from vllm_ext.config import PLACEHOLDER_CLASS
+
+
+def test_the_entry_point_is_installed() -> None:
+    found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "vllm_ext"]
+    assert [e.value for e in found] == ["vllm_ext.plugin:register"]
+
+
+def test_registering_twice_wraps_once() -> None:
+    plugin.register()
+    first = EngineArgs.create_speculative_config
+    plugin.register()
+    assert EngineArgs.create_speculative_config is first
+    assert getattr(first, "__wrapped__", None) is not None
+
+
+def test_min_p_is_refused_for_others_and_allowed_for_us() -> None:
+    plugin.register()
+    params = SamplingParams(min_p=0.1)
+    with pytest.raises(VLLMValidationError):
+        params._validate_spec_decode(SimpleNamespace(model="another"))
+    params._validate_spec_decode(SimpleNamespace(model=PLACEHOLDER_CLASS))
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+def test_disabled_means_nothing_is_touched() -> None:
+    code = (
+        "from vllm_ext.plugin import register; register(); "
+        "import sys; print('vllm.engine.arg_utils' in sys.modules)"
+    )
+    done = run(code, VLLM_EXT_DISABLE="1")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+BLOCK_VLLM = "import sys; sys.modules['vllm'] = None; "
+
+
+def test_the_package_imports_without_vllm() -> None:
+    done = run(BLOCK_VLLM + "import vllm_ext, proposers, logits_processors, vllm_ext.methods")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plugin_without_vllm_says_what_to_install() -> None:
+    done = run(BLOCK_VLLM + "import vllm_ext.plugin as p; p.register()")
+    assert done.returncode != 0
+    assert "pip install 'vllm-ext[cpu]'" in done.stderr
+
+
+def test_proposers_and_cores_import_no_vllm() -> None:
+    code = (
+        "import sys, pkgutil, importlib, proposers, logits_processors\n"
+        "for p in (proposers, logits_processors):\n"
+        "    for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
+        "        if 'adaptor' not in m.name: importlib.import_module(m.name)\n"
+        "assert not any(m == 'vllm' or m.startswith('vllm.') for m in sys.modules)"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_moved_front_end_leaves_others_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = hooks.Hook("gone", "vllm.engine.arg_utils:Nothing", None, "x", "y")
+    monkeypatch.setattr(hooks, "FRONTEND", (gone,))
+    logger = logging.getLogger("vllm.vllm_ext")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR, logger=logger.name):
+        plugin.register()
+    assert "vllm.engine.arg_utils:Nothing" in caplog.text
+
+
+def test_an_untested_vllm_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+        plugin.warn_if_untested()
+        assert caplog.text == ""
+        monkeypatch.setattr(vllm, "__version__", "9.9.1")
+        plugin.warn_if_untested()
+    assert "9.9.1" in caplog.text
