@@ -8,14 +8,26 @@ from typing import Any
 
 import torch
 
-VOCAB = 96
+SPECIAL = ("<s>", "</s>")
+VOCAB = 256 + len(SPECIAL)  # one token per byte
 MAX_LEN = 256
-EOS = 1
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """Save a random two-layer Llama with a small vocabulary; its text repeats itself soon."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Save a random three-layer Llama over bytes, with its tokenizer; it repeats itself soon."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+    ).save_pretrained(folder)
 
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -30,7 +42,7 @@ def make_tiny_model(folder: Path) -> Path:
         initializer_range=0.35,
         tie_word_embeddings=False,
         bos_token_id=0,
-        eos_token_id=EOS,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -42,7 +54,6 @@ def make_engine(model: Path, speculative: dict[str, Any] | None, **options: Any)
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
-        "skip_tokenizer_init": True,
         "enforce_eager": True,
         "max_model_len": MAX_LEN,
         "max_num_seqs": 6,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker whose engine parts can be broken on purpose while it runs.
 
-Each mutation removes one thing that exactness rests on; the tests require that the text then changes.
+Each mutation removes one thing that exactness rests on; the tests require that the text changes.
 """
 
 from __future__ import annotations

@@ -46,9 +46,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any
 
 def params(**options: Any) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
+    if "structured_outputs" in options:
+        structured = StructuredOutputsParams(**options["structured_outputs"])
+        options = {**options, "structured_outputs": structured}
     return SamplingParams(**{"max_tokens": 40, "temperature": 0.0, "detokenize": False, **options})
 
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -65,11 +71,23 @@ CASES: dict[str, dict[str, Any]] = {
     "penalties_seeded": {"temperature": 0.9, "seed": 2, "frequency_penalty": 0.7},
     "logit_bias": {"logit_bias": {5: 4.0, 17: -8.0}},
     "allowed_token_ids": {"allowed_token_ids": list(range(0, VOCAB, 3))},
-    "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(2, 40))},
-    "stop_token_ids": {"stop_token_ids": [7, 8, 9, 30, 31], "ignore_eos": True},
+    "bad_words": {"bad_words": ["a", "q", "th", "(("], "detokenize": True},
+    "min_tokens": {"min_tokens": 20, "stop_token_ids": list(range(2, 100))},
+    "stop_token_ids": {"stop_token_ids": list(range(5, 40)), "ignore_eos": True},
+    "stop_strings": {"stop": ["k", "Z", "&", "7", "p", "!"], "detokenize": True},
     "n": {"temperature": 0.9, "seed": 8, "n": 3},
     "one_token": {"max_tokens": 1},
     "two_tokens": {"max_tokens": 2},
+    "json": {
+        "structured_outputs": {"json": SCHEMA},
+        "detokenize": True,
+    },
+    "choice_seeded": {
+        "structured_outputs": {"choice": ["alpha", "alpine", "beta", "alphabet soup"]},
+        "temperature": 1.0,
+        "seed": 3,
+        "detokenize": True,
+    },
     "processor": {"extra_args": {"ban": 3}, "ignore_eos": True},
     "processor_seeded": {"extra_args": {"ban": 4}, "temperature": 0.8, "seed": 1},
 }
@@ -136,6 +154,21 @@ def test_generates_to_the_last_position(engines: tuple[Any, Any]) -> None:
     assert set(lengths) == {MAX_LEN}
 
 
+def test_cached_prefixes_change_nothing(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(4, seed=40)
+    ours.reset_prefix_cache()
+    first = texts(ours, requests, params(ignore_eos=True))
+    longer = [
+        {"prompt_token_ids": request["prompt_token_ids"] + samples[0][:30]}
+        for request, samples in zip(requests, first, strict=True)
+    ]
+    # The prefixes now come from blocks that hold committed tree nodes.
+    assert texts(ours, longer, params(ignore_eos=True)) == texts(
+        plain, longer, params(ignore_eos=True)
+    )
+
+
 def test_seed_with_a_chunked_prompt(engines: tuple[Any, Any]) -> None:
     """vLLM's CPU engine alone dies of this (it rolls back a generator that cannot be)."""
     plain, ours = engines
@@ -194,3 +227,29 @@ def test_every_mutation_changes_the_text(engines: tuple[Any, Any]) -> None:
     ours.reset_prefix_cache()
     assert survivors == []
     assert [texts(ours, requests, case) for case in cases] == expected
+
+
+@pytest.fixture(scope="module")
+def tight_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Ours with so few KV blocks that requests are preempted and resumed; and the model."""
+    model = make_tiny_model(tmp_path_factory.mktemp("model"))
+    engine = make_engine(
+        model, {**SPECULATIVE, "num_speculative_tokens": 8}, num_gpu_blocks_override=20
+    )
+    yield engine, model
+    engine.llm_engine.engine_core.shutdown()
+
+
+def test_preempted_requests_resume_with_the_same_text(
+    engines: tuple[Any, Any], tight_engine: tuple[Any, Any]
+) -> None:
+    plain, _ = engines
+    tight, _ = tight_engine
+    requests = prompts(6, seed=50, longest=90)
+    for case in (
+        params(max_tokens=120, ignore_eos=True),
+        params(temperature=0.9, seed=1, max_tokens=90),
+    ):
+        assert texts(tight, requests, case) == texts(plain, requests, case)
+    preemptions = [m.value for m in tight.get_metrics() if m.name == "vllm:num_preemptions"]
+    assert sum(preemptions) > 0

@@ -276,6 +276,7 @@ class TreeRunnerMixin:
         counters.add("accepted_tokens", sum(e - 1 for e in emitted if e))
         counters.add("emitted_tokens", sum(emitted))
         counters.add("drafting_seconds", seconds)
+        counters.add("chain_fallbacks", step.strangers)
         for size in sizes:
             counters.observe_tree(size)
 

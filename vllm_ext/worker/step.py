@@ -87,29 +87,25 @@ class Step:
         trees: per request of the batch, the tree that was scheduled (possibly empty).
         starts: per request, the first of its rows in the *logits* (root, then nodes).
         attention: the branching trees, or ``None`` if the stock kernels can do it all.
+        strangers: drafts that were no prefix of a proposed tree and were read as chains.
     """
 
     trees: list[TokenTree]
     starts: list[int]
     attention: AttentionStep | None
-
-    @property
-    def drafted(self) -> int:
-        """Nodes in this step."""
-        return sum(len(tree.tokens) for tree in self.trees)
+    strangers: int
 
 
-def scheduled_tree(proposed: TokenTree | None, scheduled: Sequence[int]) -> TokenTree:
-    """The tree that the scheduler kept: a prefix of what was proposed.
+def scheduled_tree(proposed: TokenTree | None, scheduled: Sequence[int]) -> TokenTree | None:
+    """The tree that the scheduler kept: a prefix of what was proposed, or ``None``.
 
     The scheduler truncates drafts (token budget, ``max_model_len``, grammar); nodes are in an order
-    in which every prefix is a tree.  Anything else than a prefix is not ours: it is read as a
-    chain, which is what the stock rows mean, and costs at most acceptance.
+    in which every prefix is a tree.
     """
     size = len(scheduled)
-    if proposed is not None and list(proposed.tokens[:size]) == list(scheduled):
-        return proposed.prefix(size)
-    return TokenTree.chain(scheduled, [0.0] * size)
+    if proposed is None or list(proposed.tokens[:size]) != list(scheduled):
+        return None
+    return proposed.prefix(size)
 
 
 def build_step(
@@ -131,10 +127,14 @@ def build_step(
     trees: list[TokenTree] = []
     starts: list[int] = []
     branching: list[TreeRows] = []
-    next_start = 0
+    next_start = strangers = 0
     for index, request_id in enumerate(request_ids):
         tokens = scheduled.get(request_id, ())
         tree = scheduled_tree(proposed.get(request_id), tokens) if tokens else TokenTree.EMPTY
+        if tree is None:
+            # Not ours.  Without a tree the rows mean a chain to vLLM, and a chain is always exact.
+            tree = TokenTree.chain(tokens, [0.0] * len(tokens))
+            strangers += 1
         trees.append(tree)
         starts.append(next_start)
         next_start += 1 + len(tree.tokens)
@@ -142,7 +142,8 @@ def build_step(
             first = int(query_starts[index])
             branching.append(TreeRows.build(index, first, int(bases[index]), tree))
     if not branching:
-        return Step(trees, starts, None)
+        return Step(trees, starts, None, strangers)
     rows = np.concatenate([np.arange(t.start, t.start + t.size) for t in branching])
     only_trees = len(rows) == int(query_starts[len(request_ids)])
-    return Step(trees, starts, AttentionStep(branching, torch.from_numpy(rows), only_trees))
+    attention = AttentionStep(branching, torch.from_numpy(rows), only_trees)
+    return Step(trees, starts, attention, strangers)

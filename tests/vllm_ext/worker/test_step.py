@@ -7,7 +7,7 @@ import numpy as np
 
 from proposers.tree import TokenTree
 from vllm_ext.worker.commit import accepted_moves
-from vllm_ext.worker.step import TreeRows, build_step, scheduled_tree
+from vllm_ext.worker.step import Step, TreeRows, build_step, scheduled_tree
 
 TREE = TokenTree((1, 2, 0, 3, 2), (-1, -1, 0, 0, 1), (0.5, 0.4, 0.3, 0.2, 0.1))
 
@@ -18,10 +18,13 @@ def test_a_truncated_draft_is_the_tree_of_its_first_nodes() -> None:
 
 def test_anything_else_is_read_as_a_chain() -> None:
     for scheduled in ([1, 2, 3], [2, 1], [1, 2, 0, 3, 2, 9]):
-        tree = scheduled_tree(TREE, scheduled)
-        assert tree.is_chain
-        assert list(tree.tokens) == scheduled
-    assert scheduled_tree(None, [4, 5]).is_chain
+        assert scheduled_tree(TREE, scheduled) is None
+        step = batch({"a": TREE}, {"a": scheduled})
+        assert step.trees[0].is_chain
+        assert list(step.trees[0].tokens) == scheduled
+        assert step.strangers == 1
+    assert scheduled_tree(None, [4, 5]) is None
+    assert batch({"a": TREE}, {"a": [1, 2]}).strangers == 0
 
 
 def test_rows_see_their_ancestors_and_stand_at_their_depth() -> None:
@@ -38,7 +41,7 @@ def test_rows_see_their_ancestors_and_stand_at_their_depth() -> None:
     ]
 
 
-def batch(proposed: dict[str, TokenTree], scheduled: dict[str, list[int]]) -> object:
+def batch(proposed: dict[str, TokenTree], scheduled: dict[str, list[int]]) -> Step:
     return build_step(
         ["a", "b", "c"],
         scheduled,
