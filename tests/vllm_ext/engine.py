@@ -89,3 +89,35 @@ def spec_metrics(engine: Any) -> dict[str, int]:
         for metric in engine.get_metrics()
         if metric.name.startswith("vllm:spec_decode_") and hasattr(metric, "value")
     }
+
+
+def make_adapter(model: Path, folder: Path) -> Path:
+    """Save a random LoRA adapter for the tiny model, strong enough to change its text."""
+    import json
+
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    rank, generator = 4, torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, module in AutoModelForCausalLM.from_pretrained(model).named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            for side, shape in (
+                ("A", (rank, module.in_features)),
+                ("B", (module.out_features, rank)),
+            ):
+                tensors[f"base_model.model.{name}.lora_{side}.weight"] = torch.randn(
+                    shape, generator=generator
+                )
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tests.vllm_ext.engine import (
     MAX_LEN,
     VOCAB,
+    make_adapter,
     make_engine,
     make_tiny_model,
     prompts,
@@ -253,3 +255,30 @@ def test_preempted_requests_resume_with_the_same_text(
         assert texts(tight, requests, case) == texts(plain, requests, case)
     preemptions = [m.value for m in tight.get_metrics() if m.name == "vllm:num_preemptions"]
     assert sum(preemptions) > 0
+
+
+def test_adapters_get_their_own_text(tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    model = make_tiny_model(tmp_path / "model")
+    adapter = LoRARequest("adapter", 1, str(make_adapter(model, tmp_path / "adapter")))
+    requests = prompts(6, seed=3)
+    answers = []
+    for speculative in (None, dict(SPECULATIVE)):
+        engine = make_engine(
+            model, speculative, enable_lora=True, max_lora_rank=8, max_num_batched_tokens=512
+        )
+        outputs = engine.generate(
+            requests,
+            params(ignore_eos=True),
+            use_tqdm=False,
+            lora_request=[adapter, None] * 3,
+        )
+        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        answers.append([t[0] for t in texts(engine, requests, params(ignore_eos=True))])
+        engine.llm_engine.engine_core.shutdown()
+    with_adapter, without, ours_with, ours_without = answers
+    assert ours_with == with_adapter
+    assert ours_without == without
+    assert with_adapter[0] != without[0]
+    assert with_adapter[1] == without[1]

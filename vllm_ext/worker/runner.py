@@ -96,7 +96,8 @@ class TreeRunnerMixin:
         for _ in range(repeats):
             begin = time.perf_counter()
             hidden, _ = self._dummy_run(rows)
-            self.model.compute_logits(hidden[:rows])
+            if self.lora_config is None:  # a dummy run maps adapters to requests, not to rows
+                self.model.compute_logits(hidden[:rows])
             self._sync_device()
             best = min(best, time.perf_counter() - begin)
         return best
@@ -213,7 +214,7 @@ class TreeRunnerMixin:
     ) -> None:
         """Learn the candidates at the last positions of prompts that end in this step."""
         most = self._options.prompt_rows
-        if not most:
+        if not most or self.lora_config is not None:  # adapters are mapped to sampled rows only
             return
         for index, request_id in enumerate(request_ids):
             state = self.requests[request_id]
