@@ -68,6 +68,7 @@ def _wrap_create_speculative_config() -> None:
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         from vllm_ext.config import is_ours, translate
+        from vllm_ext.worker.metrics import share_with_workers
 
         translate(self, target_model_config, target_parallel_config)
         config = original(
@@ -77,6 +78,7 @@ def _wrap_create_speculative_config() -> None:
         )
         if is_ours(config):
             warn_if_untested()
+            share_with_workers()
         return config
 
     setattr(create_speculative_config, _MARK, True)

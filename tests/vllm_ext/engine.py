@@ -13,7 +13,7 @@ VOCAB = 256 + len(SPECIAL)  # one token per byte
 MAX_LEN = 256
 
 
-def make_tiny_model(folder: Path) -> Path:
+def make_tiny_model(folder: Path, max_len: int = MAX_LEN) -> Path:
     """Save a random three-layer Llama over bytes, with its tokenizer; it repeats itself soon."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def make_tiny_model(folder: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=MAX_LEN,
+        max_position_embeddings=max_len,
         initializer_range=0.35,
         tie_word_embeddings=False,
         bos_token_id=0,

@@ -10,9 +10,11 @@ vLLM.
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,5 +125,6 @@ def share_with_workers() -> None:
     handle, path = tempfile.mkstemp(prefix="vllm-ext-metrics-")
     with os.fdopen(handle, "wb") as file:
         np.zeros(_SLOTS).tofile(file)
+    atexit.register(Path(path).unlink, missing_ok=True)
     os.environ[FILE_VARIABLE] = path
     REGISTRY.register(_FileCollector(path))

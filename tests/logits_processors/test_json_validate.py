@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import time
+
+import jsonschema
+import pytest
+from toy_model import BYTES
+
+from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
+from logits_processors.json_validate import compile_json_validate
+from logits_processors.limits import Limits
+
+END = BYTES.eos_ids[0]
+CASES = [
+    ({"not": {"type": "string"}}, [1, None, [], {}, "a"]),
+    ({"type": "array", "uniqueItems": True}, [[], [1, 2], [1, 1], [{"a": 1}, {"a": 1}], 3]),
+    ({"contains": {"minimum": 5}, "minContains": 2, "type": "array"}, [[5, 6], [5], [1, 2, 9, 9]]),
+    (
+        {
+            "properties": {"a": {"type": "integer"}},
+            "patternProperties": {"^x_": {"type": "string"}},
+            "additionalProperties": {"type": "null"},
+        },
+        [{}, {"a": 1}, {"a": "1"}, {"x_y": "s"}, {"x_y": 1}, {"z": None}, {"z": 0}, 5],
+    ),
+    ({"patternProperties": {"x": True}, "additionalProperties": False}, [{"axb": 1}, {"y": 1}]),
+    ({"pattern": "^a+$"}, ["aaa", "ab", 5]),
+    ({"dependentSchemas": {"a": {"required": ["b"]}}}, [{"a": 1}, {"a": 1, "b": 2}, {"b": 1}]),
+    ({"if": {"type": "integer"}, "then": {"multipleOf": 3}, "else": False}, [3, 4, "a"]),
+    ({"$ref": "#/$defs/t", "$defs": {"t": {"const": {"a": [1.5]}}}}, [{"a": [1.5]}, {"a": [1]}]),
+    (
+        {"type": "object", "unevaluatedProperties": False, "properties": {"a": True}},
+        [{"a": 1}, {"b": 1}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "values"), CASES)
+def test_a_text_may_end_exactly_where_the_validator_agrees(schema, values):
+    compiled = compile_json_validate(json.dumps(schema), BYTES)
+    reference = jsonschema.Draft202012Validator(schema)
+    verdicts = []
+    for value in values:
+        constraint = compiled.start()
+        assert all(constraint.accept(byte) for byte in json.dumps(value).encode())
+        assert constraint.accept(END) == reference.is_valid(value), value
+        verdicts.append(reference.is_valid(value))
+    assert len(set(verdicts)) == 2
+
+
+def test_the_verdict_follows_a_rollback():
+    constraint = compile_json_validate('{"uniqueItems": true}', BYTES).start()
+    assert all(constraint.accept(byte) for byte in b"[1,1]")
+    assert not constraint.complete()
+    constraint.rollback(2)
+    assert all(constraint.accept(byte) for byte in b"2]")
+    assert constraint.complete()
+
+
+def test_text_that_is_not_json_is_refused_on_the_way():
+    constraint = compile_json_validate("{}", BYTES).start()
+    assert all(constraint.accept(byte) for byte in b'{"a": [1')
+    assert not constraint.allows(ord("}"))
+    assert not constraint.complete()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "an object or a boolean, given list"),
+        ("false", "satisfied by nothing"),
+        ('{"type": "foo"}', r"\$.type"),
+        ('{"pattern": "("}', r"pattern"),
+        ('{"patternProperties": {"(": {}}}', r"patternProperties|pattern '\('"),
+        ('{"patternProperties": {"a": {}}, "unevaluatedProperties": false}', "not supported"),
+        ('{"items":' * 5000 + "{}" + "}" * 5000, "max_depth"),
+    ],
+)
+def test_refusals(source, message):
+    with pytest.raises(ConstraintError, match=message):
+        compile_json_validate(source, BYTES)
+
+
+def test_references_are_never_fetched():
+    constraint = compile_json_validate('{"$ref": "http://localhost:9/x.json"}', BYTES).start()
+    assert constraint.accept(ord("1"))
+    with pytest.raises(ConstraintRuntimeError, match="unresolvable reference"):
+        constraint.complete()
+
+
+def test_endless_reference_refuses_instead_of_recursing():
+    constraint = compile_json_validate('{"$ref": "#"}', BYTES).start()
+    assert constraint.accept(ord("1"))
+    assert not constraint.complete()
+
+
+def test_catastrophic_pattern_ends_in_time():
+    compiled = compile_json_validate(
+        r'{"pattern": "^(a|aa)+b\\1$"}', BYTES, Limits(check_seconds=0.2)
+    )
+    constraint = compiled.start()
+    assert all(constraint.accept(byte) for byte in json.dumps("a" * 80).encode())
+    start = time.monotonic()
+    with pytest.raises(ConstraintRuntimeError, match="check_seconds"):
+        constraint.complete()
+    assert time.monotonic() - start < 5
+
+
+def test_huge_integers_do_not_stop_the_engine():
+    constraint = compile_json_validate('{"multipleOf": 3}', BYTES).start()
+    assert all(constraint.accept(byte) for byte in b"3" * 5000)
+    start = time.monotonic()
+    assert not constraint.complete()
+    assert time.monotonic() - start < 1

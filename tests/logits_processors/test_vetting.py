@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import time
+
+import pytest
+from toy_model import BYTES
+
+from logits_processors.constraint import ConstraintError
+from logits_processors.limits import Limits
+from logits_processors.vetting import Vetter
+
+AMBIGUOUS = "\n".join(
+    [
+        'root ::= r0 "b"',
+        *(f"r{i} ::= r{i + 1} | r{i + 1} r{i + 1}" for i in range(40)),
+        'r40 ::= "a" | ""',
+    ]
+)
+
+NESTED = 'root ::= (((("a"{1,100}){1,100}){1,100}){1,100}){1,100}'
+
+
+@pytest.fixture(scope="module")
+def vetter():
+    with Vetter(BYTES, Limits(compile_seconds=2.0)) as vetter:
+        yield vetter
+
+
+def test_honest_constraints_pass(vetter):
+    vetter.check("ebnf", 'root ::= "a"+')
+    vetter.check("json_schema", '{"type": "integer"}')
+    vetter.check("lark", 'start: "a"')
+    vetter.check("regex_partial", r"(a)\1")
+    vetter.check("json_validate", '{"not": {}}')
+
+
+def test_errors_come_back(vetter):
+    with pytest.raises(ConstraintError, match="line 1, column 6"):
+        vetter.check("ebnf", 'root := "a"')
+    with pytest.raises(ConstraintError, match="'yaml' is unknown"):
+        vetter.check("yaml", "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("ebnf", AMBIGUOUS),
+        pytest.param("ebnf", NESTED, marks=pytest.mark.slow),
+    ],
+)
+def test_exploding_grammars_are_ended(vetter, kind, source):
+    vetter.check("ebnf", 'root ::= "a"')  # the child is up: only the constraint is timed
+    start = time.monotonic()
+    with pytest.raises(ConstraintError, match=r"compile_seconds|check_seconds"):
+        vetter.check(kind, source)
+    assert time.monotonic() - start < 10
+    vetter.check("ebnf", 'root ::= "a"')
+
+
+@pytest.mark.slow
+def test_memory_is_bounded():
+    schema = json.dumps({"enum": [f"value {i}" for i in range(30000)]})
+    with (
+        Vetter(BYTES, Limits(compile_seconds=60.0, compile_memory_mb=8)) as small,
+        pytest.raises(ConstraintError, match="compile_memory_mb"),
+    ):
+        small.check("json_schema", schema)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_ext.cli import app, bench, verify
+from vllm_ext.cli.engine_types import EngineConfig, EngineError
+
+
+def test_the_command_line_imports_neither_vllm_nor_torch() -> None:
+    code = "import sys, vllm_ext.cli; sys.exit(bool({'vllm', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "verify", "doctor", "methods", "model"])
+def test_every_command_has_help(command: str) -> None:
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--arms", "ngram"], "'none' is missing"),
+        (["bench", "--batch", "0"], "different positive numbers"),
+        (["bench", "--batch", "1,x"], "different positive numbers"),
+        (["bench", "--arm-config", "ngram"], "NAME=JSON"),
+        (["bench", "--repeat", "0"], "repeat"),
+        (["verify", "--sampling", "nucleus"], "all"),
+        (["verify", "--method", "none"], "different names"),
+        (["verify", "--prompts", "/no/such/file"], "does not exist"),
+    ],
+)
+def test_wrong_usage_exits_with_2_before_any_engine_starts(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    command, *rest = arguments
+    common = ["--model", "m", "--prompts", str(prompts), "--json", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, [command, *common, *rest], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(("command", "module"), [("bench", bench), ("verify", verify)])
+def test_an_engine_that_does_not_start_exits_with_1_and_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: object
+) -> None:
+    pytest.importorskip("vllm")
+
+    def fails(config: object) -> None:
+        raise EngineError("the model is not there")
+
+    monkeypatch.setattr(module, "EngineProcess", fails)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    arguments = ["--model", "m", "--prompts", str(prompts), "--json", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 1
+    assert "the model is not there" in result.output
+
+
+@pytest.fixture
+def fake_engines(FakeEngine: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Engines that answer with their prompt, and twice as fast when they speculate."""
+    pytest.importorskip("vllm")
+    started: list[Any] = []
+
+    def start(config: EngineConfig) -> Any:
+        speculates = "speculative_config" in config.llm
+        engine = FakeEngine(
+            lambda ids, params: request_of([*ids, 7, 7, 7]),
+            seconds_per_token=0.01 if speculates else 0.02,
+            drafted=4 if speculates else 0,
+            accepted=2 if speculates else 0,
+        )
+        started.append(engine)
+        return engine
+
+    for module in (bench, verify):
+        monkeypatch.setattr(module, "EngineProcess", start)
+    monkeypatch.setattr(start, "close", FakeEngine.close, raising=False)
+    return started
+
+
+def run(command: str, tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.json"
+    rows = [{"prompt": "a", "task": "x"}, {"prompt": "b", "task": "y"}, {"prompt": "c"}]
+    prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    common = ["--model", "m", "--prompts", str(prompts), "--json", str(out), "--max-tokens", "4"]
+    result = CliRunner().invoke(app, [command, *common, *arguments])
+    return result.exit_code, result.output, json.loads(out.read_text())
+
+
+def test_bench_from_end_to_end(tmp_path: Path, fake_engines: list[Any]) -> None:
+    code, output, result = run("bench", tmp_path, "--batch", "1,3", "--repeat", "2")
+    assert code == 0
+    assert list(result["arms"]) == ["none", "ngram", "dyspec"]
+    assert [e["batch"] for e in result["arms"]["dyspec"]] == [1, 3]
+    assert result["arms"]["dyspec"][0]["ratio"]["median"] == pytest.approx(2.0)
+    assert set(result["arms"]["dyspec"][0]["tasks"]) == {"x", "y", "all"}
+    assert result["settings"]["llm"]["enable_prefix_caching"] is False
+    assert result["settings"]["speculative_config"]["dyspec"] == {"method": "dyspec"}
+    assert result["environment"]["command"]
+    assert "2.00 [2.00 2.00]" in output
+    assert len(fake_engines) == 3
+    assert all(engine.closed for engine in fake_engines)
+
+
+def test_bench_says_when_no_prompt_fits(tmp_path: Path, fake_engines: list[Any]) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    arguments = ["--model", "m", "--prompts", str(prompts), "--json", str(tmp_path / "o.json")]
+    arguments += ["--max-model-len", "8", "--max-tokens", "8"]
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "no prompt has at most 0 tokens" in result.output
+    assert all(engine.closed for engine in fake_engines)
+
+
+def test_verify_passes_on_equal_answers(tmp_path: Path, fake_engines: list[Any]) -> None:
+    code, output, result = run("verify", tmp_path, "--beside", "ngram", "--batch", "1")
+    assert code == 0
+    assert result["passed"] is True
+    assert set(result["compared"]) == {"dyspec", "ngram"}
+    assert result["compared"]["dyspec"][0]["draft_tokens"] == 12
+    assert result["settings"]["engine_environment"]["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "PASS identical" in output
+
+
+def test_verify_fails_on_one_different_token(
+    tmp_path: Path, fake_engines: list[Any], request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = verify.EngineProcess
+
+    def one_token_off(config: EngineConfig) -> Any:
+        engine = honest(config)
+        wrong = "speculative_config" in config.llm
+        engine.answer = lambda ids, params: request_of(
+            [*ids, 7, 8 if wrong and ids == [1] else 7, 7],
+            logprobs=[{7: -0.5, 8: -0.75}] if "logprobs" in params else None,
+        )
+        return engine
+
+    monkeypatch.setattr(verify, "EngineProcess", one_token_off)
+    code, output, result = run("verify", tmp_path, "--batch", "1", "--sampling", "greedy")
+    assert code == 1
+    (found,) = result["mismatches"]["dyspec"]
+    assert (found["prompt"], found["position"], found["token"]) == (1, 2, 8)
+    assert found["gap"] == pytest.approx(0.25)
+    assert "1 of 3 answers differ" in output

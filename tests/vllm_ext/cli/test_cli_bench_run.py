@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+from vllm_ext.cli.bench_run import Plan, count_measurements, groups_of, run
+from vllm_ext.cli.prompts import EncodedPrompt
+
+PROMPTS = [EncodedPrompt(i, "t", [i]) for i in range(5)]
+
+
+def test_groups_have_the_size_asked_for() -> None:
+    assert [len(g) for g in groups_of(PROMPTS, 2)] == [2, 2]
+    assert [len(g) for g in groups_of(PROMPTS, 5)] == [5]
+    assert [len(g) for g in groups_of(PROMPTS, 8)] == [5]
+
+
+def test_every_arm_gets_every_group_in_every_round_and_all_take_turns_going_first(
+    FakeEngine: Any,
+) -> None:
+    engines = {"none": FakeEngine(), "a": FakeEngine(), "b": FakeEngine()}
+    plan = Plan(batches=[2, 1], rounds=2, max_tokens=4, temperature=0.0)
+    turns: list[str] = []
+    measured = list(run(engines, PROMPTS, [9], plan, turns.append))
+    assert len(measured) == count_measurements(PROMPTS, plan, 3) == (2 + 5) * 2 * 3
+    assert turns == [m.arm for m in measured]
+    cells = {(m.arm, m.batch, m.round, m.group) for m in measured}
+    assert len(cells) == len(measured)
+    firsts = [m.arm for m in measured[::3]]
+    assert set(firsts) == {"none", "a", "b"}
+    for i in range(0, len(measured), 3):  # the three arms of a group come together
+        assert len({(m.batch, m.round, m.group) for m in measured[i : i + 3]}) == 1
+
+
+def test_the_warm_up_is_not_measured_and_is_not_a_prompt(FakeEngine: Any) -> None:
+    engine = FakeEngine()
+    plan = Plan(batches=[1], rounds=1, max_tokens=4, temperature=0.0)
+    measured = list(run({"none": engine}, PROMPTS, [99], plan))
+    assert engine.calls[0][0] == [[99]]
+    assert len(engine.calls) == len(measured) + 1
+
+
+def test_sampled_requests_have_the_same_seed_on_every_arm_and_another_in_every_round() -> None:
+    plan = Plan(batches=[1], rounds=2, max_tokens=4, temperature=1.0)
+    seeds = {plan.params(p, r)["seed"] for p in PROMPTS for r in range(2)}
+    assert len(seeds) == 10
+    assert "seed" not in Plan([1], 1, 4, 0.0).params(PROMPTS[0], 0)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a benchmark: all arms alive at once, taking turns on the same prompts.
+
+Speed on a shared machine drifts by tens of percent within minutes, so arms that run one after the
+other cannot be compared. Here every group of prompts is run on every arm before the next group,
+and the arm that goes first changes from group to group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm_ext.cli.engine_types import GenerateResult
+from vllm_ext.cli.prompts import EncodedPrompt
+
+WARM_UP_TEXT = "Name the days of the week, one per line, and say what people like about each."
+WARM_UP_TOKENS = 32
+
+
+class Engine(Protocol):
+    """The part of `EngineProcess` that a benchmark uses."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]
+    ) -> GenerateResult:
+        """Generate for all prompts in one batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: every group of each batch size, `rounds` times, on every arm."""
+
+    batches: Sequence[int]
+    rounds: int
+    max_tokens: int
+    temperature: float
+
+    def params(self, prompt: EncodedPrompt, round_index: int) -> dict[str, Any]:
+        """Sampling parameters of a request: the same on every arm, another seed per round."""
+        params: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        if self.temperature > 0:
+            params["seed"] = 1 + prompt.index + 1_000_003 * round_index
+        return params
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One group of prompts on one arm in one round."""
+
+    arm: str
+    batch: int
+    round: int
+    group: int
+    prompts: Sequence[EncodedPrompt]
+    result: GenerateResult
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Wall time of the whole group per generated token."""
+        return self.result.wall_s / self.result.num_tokens
+
+
+def groups_of(prompts: Sequence[EncodedPrompt], batch: int) -> list[Sequence[EncodedPrompt]]:
+    """Consecutive groups of `batch` prompts.
+
+    A smaller last group would measure another batch size and is left out, unless it is the only
+    one.
+    """
+    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    if len(groups) > 1 and len(groups[-1]) < batch:
+        groups.pop()
+    return groups
+
+
+def count_measurements(prompts: Sequence[EncodedPrompt], plan: Plan, num_arms: int) -> int:
+    """How many measurements `run` will yield."""
+    return sum(len(groups_of(prompts, b)) for b in plan.batches) * plan.rounds * num_arms
+
+
+def run(
+    engines: Mapping[str, Engine],
+    prompts: Sequence[EncodedPrompt],
+    warm_up: list[int],
+    plan: Plan,
+    on_turn: Callable[[str], None] = lambda arm: None,
+) -> Iterator[Measurement]:
+    """Measure every group on every engine, yielding each measurement as it is made.
+
+    `warm_up` (token ids) is run once at each batch size before anything is timed; `on_turn` is
+    told the arm whose turn it is.
+    """
+    names = list(engines)
+    for batch in plan.batches:
+        for engine in engines.values():
+            params = {"max_tokens": WARM_UP_TOKENS, "temperature": 0.0}
+            engine.generate([warm_up] * batch, [params] * batch)
+        for round_index in range(plan.rounds):
+            for group_index, group in enumerate(groups_of(prompts, batch)):
+                first = (group_index + round_index) % len(names)
+                for name in names[first:] + names[:first]:
+                    on_turn(name)
+                    result = engines[name].generate(
+                        [p.token_ids for p in group], [plan.params(p, round_index) for p in group]
+                    )
+                    yield Measurement(name, batch, round_index, group_index, group, result)

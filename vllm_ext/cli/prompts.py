@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt files: one JSON object per line with ``prompt``, ``messages`` or ``turns``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNNAMED_TASK = "all"
+
+
+class PromptFileError(ValueError):
+    """The prompt file cannot be used; the message names the line and what is allowed there."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt file.
+
+    `content` is a text (row key "prompt", or the first of "turns") or a list of chat messages
+    (row key "messages"); `task` is the row's "task", else its "category", else "all".
+    """
+
+    content: str | list[dict[str, Any]]
+    task: str = UNNAMED_TASK
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the engine gets it; `index` is its row (from 0) in the file."""
+
+    index: int
+    task: str
+    token_ids: list[int]
+
+
+def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Read the rows of `path`, the first `limit` of them if given.
+
+    Raises:
+        PromptFileError: A line is not a JSON object with a usable prompt, or there is none.
+    """
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if line.strip():
+            prompts.append(_parse_row(line, f"{path}:{number}"))
+    if not prompts:
+        raise PromptFileError(f"{path} holds no prompts: give one JSON object per line")
+    return prompts
+
+
+def fitting(
+    prompts: Sequence[Prompt], token_ids: Sequence[list[int]], max_prompt_tokens: int
+) -> list[EncodedPrompt]:
+    """The prompts of at most `max_prompt_tokens` tokens, in file order.
+
+    Raises:
+        PromptFileError: None fits.
+    """
+    rows = zip(prompts, token_ids, strict=True)
+    kept = [
+        EncodedPrompt(index, prompt.task, ids)
+        for index, (prompt, ids) in enumerate(rows)
+        if len(ids) <= max_prompt_tokens
+    ]
+    if not kept:
+        raise PromptFileError(
+            f"no prompt has at most {max_prompt_tokens} tokens (the shortest has "
+            f"{min(map(len, token_ids))}): raise --max-model-len or lower --max-tokens"
+        )
+    return kept
+
+
+def _parse_row(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptFileError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise PromptFileError(f"{where}: a {type(row).__name__}, but each line must be an object")
+    task = row.get("task") or row.get("category") or UNNAMED_TASK
+    return Prompt(_content(row, where), str(task))
+
+
+def _content(row: dict[str, Any], where: str) -> str | list[dict[str, Any]]:
+    prompt, messages, turns = row.get("prompt"), row.get("messages"), row.get("turns")
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+        return messages
+    if isinstance(turns, list) and turns and isinstance(turns[0], str) and turns[0]:
+        return turns[0]
+    raise PromptFileError(
+        f"{where}: needs 'prompt' (text), 'messages' (list of objects) or 'turns' (list of texts); "
+        f"it has {sorted(row)}"
+    )
