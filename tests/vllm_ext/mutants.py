@@ -89,6 +89,16 @@ class MutantWorker(TreeCPUWorker):
             "cache-layout",
         ]
 
+    def break_drafting_once(self) -> None:
+        """Make the next attempt to draft raise."""
+        runner: Any = self.model_runner
+
+        def broken(*step: Any) -> Any:
+            del runner._draft
+            raise RuntimeError("broken on purpose")
+
+        runner._draft = broken
+
     def tree_counters(self) -> dict[str, float]:
         """The worker's own counters, as plain numbers."""
         runner: Any = self.model_runner

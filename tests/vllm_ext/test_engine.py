@@ -206,6 +206,17 @@ def test_abort_leaves_the_others_alone(engines: tuple[Any, Any]) -> None:
         assert by_index[index] == expected[index][0]
 
 
+def test_a_failing_drafter_costs_drafts_only(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(4, seed=60)
+    before = ours.collective_rpc("tree_counters")[0]
+    ours.collective_rpc("break_drafting_once")
+    assert texts(ours, requests, params()) == texts(plain, requests, params())
+    after = ours.collective_rpc("tree_counters")[0]
+    assert after["drafting_errors"] == before["drafting_errors"] + 1
+    assert after["drafted_nodes"] > before["drafted_nodes"]
+
+
 def test_every_mutation_changes_the_text(engines: tuple[Any, Any]) -> None:
     """What exactness rests on, taken away one thing at a time."""
     plain, ours = engines
@@ -282,3 +293,21 @@ def test_adapters_get_their_own_text(tmp_path: Path) -> None:
     assert ours_without == without
     assert with_adapter[0] != without[0]
     assert with_adapter[1] == without[1]
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = make_tiny_model(tmp_path / "model")
+    requests = prompts(6, seed=3)
+    answers = []
+    for speculative in (None, dict(SPECULATIVE)):
+        engine = make_engine(model, speculative, tensor_parallel_size=2, max_num_batched_tokens=512)
+        answers.append(
+            [
+                texts(engine, requests, params(ignore_eos=True)),
+                texts(engine, requests, params(temperature=0.9, seed=3)),
+            ]
+        )
+        engine.llm_engine.engine_core.shutdown()
+    assert answers[0] == answers[1]

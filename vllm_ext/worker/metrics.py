@@ -31,6 +31,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("accepted_tokens", "tree nodes accepted"),
     ("emitted_tokens", "tokens emitted, the walk's own included"),
     ("drafting_seconds", "seconds spent on learning from a step and drafting the next"),
+    ("drafting_errors", "steps whose drafting failed and was given up; see the log"),
     ("chain_fallbacks", "scheduled drafts that were not a prefix of a proposed tree"),
 )
 """Name and meaning of each counter, in the order of the file."""

@@ -68,7 +68,10 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
-        self._drafting = Drafting(
+        self._drafting = self._new_drafting()
+
+    def _new_drafting(self: Any) -> Drafting:
+        return Drafting(
             self.model_config.get_vocab_size(),
             self._options,
             self._timer.cost,
@@ -180,8 +183,11 @@ class TreeRunnerMixin:
         trees: dict[str, TokenTree] = {}
         if self._drafting is not None:
             group = get_tp_group()
+            prompts = self._observe_prompts(scheduler_output, request_ids, hidden_states)
             if group.rank_in_group == 0:
-                trees = self._draft(scheduler_output, request_ids, sampled_token_ids, hidden_states)
+                trees = self._try_to_draft(
+                    scheduler_output, request_ids, sampled_token_ids, prompts
+                )
             if group.world_size > 1:
                 # Latencies differ between ranks, hence so would trees: rank 0 decides for all.
                 trees = group.broadcast_object(trees, src=0)
@@ -191,11 +197,26 @@ class TreeRunnerMixin:
         self._timer.end()
         return [list(trees[r].tokens) if r in trees else [] for r in request_ids]
 
+    def _try_to_draft(self: Any, *step: Any) -> dict[str, TokenTree]:
+        """Draft, or go on without a draft: nothing in drafting may take the engine down."""
+        try:
+            return dict(self._draft(*step))
+        except Exception:
+            logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
+            self._counters.add("drafting_errors", 1)
+            self._drafting = self._new_drafting()
+            return {}
+
     def _draft(
-        self: Any, scheduler_output: Any, request_ids: list[str], tokens: Any, hidden_states: Any
+        self: Any,
+        scheduler_output: Any,
+        request_ids: list[str],
+        tokens: Any,
+        prompts: list[tuple[str, range, Candidates]],
     ) -> dict[str, TokenTree]:
         drafting: Drafting = self._drafting
-        self._learn_prompts(scheduler_output, request_ids, hidden_states)
+        for request_id, positions, seen in prompts:
+            drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
         ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
         limits = {
@@ -209,30 +230,29 @@ class TreeRunnerMixin:
         drafting.propose(ready, limits, unfinished)
         return drafting.trees
 
-    def _learn_prompts(
+    def _observe_prompts(
         self: Any, scheduler_output: Any, request_ids: list[str], hidden_states: Any
-    ) -> None:
-        """Learn the candidates at the last positions of prompts that end in this step."""
+    ) -> list[tuple[str, range, Candidates]]:
+        """Candidates at the last positions of prompts that end in this step.
+
+        Runs on every rank: with tensor parallelism the output layer is a collective operation.
+        """
         most = self._options.prompt_rows
         if not most or self.lora_config is not None:  # adapters are mapped to sampled rows only
-            return
+            return []
+        found = []
         for index, request_id in enumerate(request_ids):
             state = self.requests[request_id]
-            scheduled = scheduler_output.num_scheduled_tokens[request_id]
-            end = state.num_computed_tokens + scheduled
-            # The last position's row is learnt with the step itself.
-            first = max(state.num_computed_tokens, state.num_prompt_tokens - 1 - most)
-            if (
-                state.prompt_token_ids is None
-                or end < state.num_prompt_tokens
-                or first >= state.num_prompt_tokens - 1
-            ):
+            computed = state.num_computed_tokens
+            last = state.num_prompt_tokens - 1  # its row is learnt with the step itself
+            first = max(computed, last - most)
+            ends_here = computed + scheduler_output.num_scheduled_tokens[request_id] > last
+            if state.prompt_token_ids is None or not ends_here or first >= last:
                 continue
-            start = int(self.query_start_loc.np[index]) + first - state.num_computed_tokens
-            size = state.num_prompt_tokens - 1 - first
-            logits = self.model.compute_logits(hidden_states[start : start + size])
-            positions = range(first, first + size)
-            self._drafting.learn_prompt(state, positions, candidates(logits))
+            row = int(self.query_start_loc.np[index]) + first - computed
+            logits = self.model.compute_logits(hidden_states[row : row + last - first])
+            found.append((request_id, range(first, last), candidates(logits)))
+        return found
 
     def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
         return True  # the drafter bounds its trees; False would publish zeros as drafts
