@@ -33,7 +33,7 @@ class DySpecConfig(BaseModel):
         description="nodes whose path is less likely than this are never drafted",
     )
     prompt_rows: int = Field(
-        default=64,
+        default=0,
         ge=0,
         le=4096,
         description="last prompt positions whose next-token candidates are learnt at prefill "
