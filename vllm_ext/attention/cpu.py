@@ -111,25 +111,24 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         blocks = -(-(tree.base + tree.size) // block_size)
         table = attn_metadata.block_table[tree.request, :blocks]
         key_cache, value_cache = split_cache(kv_cache)
-        keys = self.key_layout.read(key_cache.index_select(0, table))
-        values = read_values(value_cache.index_select(0, table))
-        mask = tree_mask(step, tree, blocks * block_size, self.sliding_window, query.dtype)
-        return grouped_attention(query, keys, values, mask, self.scale)
+        # In float32, as the stock kernel computes: torch's bfloat16 attention rounds the weights to
+        # bfloat16, which alone changed the argmax of every second answer of 48 tokens.
+        keys = self.key_layout.read(key_cache.index_select(0, table)).float()
+        values = read_values(value_cache.index_select(0, table)).float()
+        mask = tree_mask(step, tree, blocks * block_size, self.sliding_window)
+        return grouped_attention(query.float(), keys, values, mask, self.scale).to(query.dtype)
 
 
-def tree_mask(
-    step: AttentionStep, tree: TreeRows, columns: int, window: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Additive mask [rows, columns] of a tree, built once per step.
+def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:
+    """Additive mask, float32 [rows, columns], of a tree; built once per step.
 
     Args:
         step: holds the cache of masks.
         tree: the tree; column ``base + i`` is its row i.
         columns: padded number of slots.
         window: sliding window in *positions*, or -1; slots of a tree are not its positions.
-        dtype: of the result.
     """
-    key = (tree.request, columns, window, dtype)
+    key = (tree.request, columns, window)
     mask = step.masks.get(key)
     if mask is None:
         visible = torch.zeros((tree.size, columns), dtype=torch.bool)
@@ -140,7 +139,7 @@ def tree_mask(
             position = torch.arange(columns)
             position[tree.base : tree.base + tree.size] = tree.base + depths
             visible &= (tree.base + depths)[:, None] - position[None, :] < window
-        mask = torch.zeros((tree.size, columns), dtype=dtype).masked_fill_(~visible, float("-inf"))
+        mask = torch.zeros((tree.size, columns)).masked_fill_(~visible, float("-inf"))
         step.masks[key] = mask
     return mask
 

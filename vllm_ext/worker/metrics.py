@@ -37,6 +37,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
 """Name and meaning of each counter, in the order of the file."""
 
 TREE_SIZE_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 127)
+_shared = False
 _NAMES = [name for name, _ in COUNTERS]
 _SLOTS = len(COUNTERS) + len(TREE_SIZE_BUCKETS) + 1  # the last slot sums the tree sizes
 
@@ -119,8 +120,10 @@ class _FileCollector:
 
 def share_with_workers() -> None:
     """Front end: make the file, name it to the processes to come, and collect from it."""
-    if FILE_VARIABLE in os.environ:
+    global _shared
+    if _shared:  # several engines of one process share their counters
         return
+    _shared = True
     from prometheus_client import REGISTRY
 
     handle, path = tempfile.mkstemp(prefix="vllm-ext-metrics-")

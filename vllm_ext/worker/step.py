@@ -67,15 +67,14 @@ class AttentionStep:
         trees: the branching trees, in batch order.
         rows: int64 [R]; the batch rows of all branching trees, in order.
         only_trees: whether every row of the batch belongs to a branching tree.
-        masks: additive masks, cached per (tree, padded context, window, dtype) for the step's
-            layers.
+        masks: additive masks, cached per (request, padded context, window) for the step's layers.
         stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
     """
 
     trees: list[TreeRows]
     rows: torch.Tensor
     only_trees: bool
-    masks: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     stash: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
