@@ -65,6 +65,13 @@ FRONTEND = (
         "SpeculativeConfig accepts method names registered by plugins",
     ),
     Hook(
+        "command-line",
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        ("parser",),
+        "adds our methods to the choices of --spec-method",
+        "--spec-method accepts names registered by plugins",
+    ),
+    Hook(
         "sampling-params",
         "vllm.sampling_params:SamplingParams._validate_spec_decode",
         ("self", "speculative_config"),

@@ -19,7 +19,7 @@ _MARK = "_vllm_ext_wrapped"
 
 
 def register() -> None:
-    """Install the two front-end hooks; without effect if ``VLLM_EXT_DISABLE=1``."""
+    """Install the front-end hooks; without effect if ``VLLM_EXT_DISABLE=1``."""
     if os.environ.get("VLLM_EXT_DISABLE", "0") not in ("", "0"):
         return
     try:
@@ -38,6 +38,7 @@ def register() -> None:
         names = ", ".join(report.target for report in broken)
         logger.error("vllm-ext is inactive: this vLLM (%s) lacks %s", vllm.__version__, names)
         return
+    _wrap_add_cli_args()
     _wrap_create_speculative_config()
     _wrap_validate_spec_decode()
 
@@ -54,6 +55,27 @@ def warn_if_untested() -> None:
             ", ".join(TESTED_VERSIONS),
             vllm.__version__,
         )
+
+
+def _wrap_add_cli_args() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        from vllm_ext.methods import METHODS
+
+        parser = original(parser)
+        action = parser._option_string_actions.get("--spec-method")
+        if action is not None and action.choices is not None:
+            action.choices = [*action.choices, *METHODS]
+        return parser
+
+    setattr(add_cli_args, _MARK, True)
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
 def _wrap_create_speculative_config() -> None:

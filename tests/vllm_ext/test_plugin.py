@@ -31,6 +31,18 @@ def test_registering_twice_wraps_once() -> None:
     assert getattr(first, "__wrapped__", None) is not None
 
 
+def test_the_command_line_knows_our_methods() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = parser.parse_args(["--spec-method", "dyspec", "--spec-tokens", "5"])
+    assert (given.spec_method, given.spec_tokens) == ("dyspec", 5)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--spec-method", "no_such_method"])
+
+
 def test_min_p_is_refused_for_others_and_allowed_for_us() -> None:
     plugin.register()
     params = SamplingParams(min_p=0.1)
