@@ -20,7 +20,7 @@ from vllm_ext.worker.runner import TreeRunnerMixin
 
 logger = init_logger("vllm.vllm_ext")
 
-CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
@@ -58,8 +58,7 @@ class TreeCPUWorker(CPUWorker):
         runner: Any = self.model_runner
         if runner._drafting is None:
             runner.trees_refused = set_up_tree_attention(runner)
-            largest = min(max(CALIBRATION_ROWS), runner.max_num_tokens)
-            prior = [(n, runner.measure_forward(n)) for n in CALIBRATION_ROWS if n <= largest]
+            prior = runner.measure_forward(CALIBRATION_ROWS)
             runner.start_drafting(prior)
             runner.announce("CPU_ATTN with tree rows", prior)
         return result

@@ -36,8 +36,7 @@ class TreeGPUWorker(Worker):
         result = super().compile_or_warm_up_model()
         runner: Any = self.model_runner
         if runner._drafting is None:
-            largest = min(max(CALIBRATION_ROWS), runner.max_num_tokens)
-            prior = [(n, runner.measure_forward(n)) for n in CALIBRATION_ROWS if n <= largest]
+            prior = runner.measure_forward(CALIBRATION_ROWS)
             runner.start_drafting(prior)
             runner.announce("stock attention, chains only", prior)
         return result

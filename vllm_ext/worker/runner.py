@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
 from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
 
 logger = init_logger("vllm.vllm_ext")
+
+_CALIBRATION_ROUNDS = 5
 
 
 class TreeRunnerMixin:
@@ -93,17 +95,23 @@ class TreeRunnerMixin:
         )
 
     @torch.inference_mode()
-    def measure_forward(self: Any, rows: int, repeats: int = 3) -> float:
-        """Seconds of a forward pass over ``rows`` dummy tokens with logits; best of several."""
-        best = float("inf")
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            hidden, _ = self._dummy_run(rows)
-            if self.lora_config is None:  # a dummy run maps adapters to requests, not to rows
-                self.model.compute_logits(hidden[:rows])
-            self._sync_device()
-            best = min(best, time.perf_counter() - begin)
-        return best
+    def measure_forward(self: Any, row_counts: Sequence[int]) -> list[tuple[int, float]]:
+        """Seconds of a forward pass over dummy tokens, logits included, by row count.
+
+        The best of several rounds over all counts: a busy moment of the machine then hits every
+        count, not one of them, and cannot make rows look free.
+        """
+        counts = [rows for rows in row_counts if rows <= self.max_num_tokens]
+        best = dict.fromkeys(counts, float("inf"))
+        for _ in range(_CALIBRATION_ROUNDS):
+            for rows in counts:
+                begin = time.perf_counter()
+                hidden, _ = self._dummy_run(rows)
+                if self.lora_config is None:  # a dummy run maps adapters to requests, not to rows
+                    self.model.compute_logits(hidden[:rows])
+                self._sync_device()
+                best[rows] = min(best[rows], time.perf_counter() - begin)
+        return list(best.items())
 
     # -- one step ---------------------------------------------------------------------------------
 
