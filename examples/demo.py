@@ -183,7 +183,7 @@ def chat(url: str) -> None:
     stream = client.chat.completions.create(
         model="demo",
         messages=[{"role": "user", "content": QUESTION}],
-        max_tokens=160,
+        max_tokens=96,
         temperature=0.0,
         stream=True,
         stream_options={"include_usage": True},
@@ -219,7 +219,7 @@ def compare_speed(model: str) -> None:
     settings = Settings(
         model=model,
         arms=parse_arms("none,ngram,dyspec"),
-        plan=Plan(batches=[1], rounds=1, max_tokens=64, temperature=0.0),
+        plan=Plan(batches=[1], rounds=1, max_tokens=48, temperature=0.0),
         dtype=environment.fast_dtype(),
         max_model_len=MAX_MODEL_LEN,
     )
