@@ -111,8 +111,8 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         blocks = -(-(tree.base + tree.size) // block_size)
         table = attn_metadata.block_table[tree.request, :blocks]
         key_cache, value_cache = split_cache(kv_cache)
-        # In float32, as the stock kernel computes: torch's bfloat16 attention rounds the weights to
-        # bfloat16, which alone changed the argmax of every second answer of 48 tokens.
+        # In float32, as the stock kernel computes; torch's bfloat16 attention rounds the softmax
+        # weights to bfloat16 as well.
         keys = self.key_layout.read(key_cache.index_select(0, table)).float()
         values = read_values(value_cache.index_select(0, table)).float()
         mask = tree_mask(step, tree, blocks * block_size, self.sliding_window)
