@@ -118,7 +118,7 @@ def sample(
         [TREE] * count,
         [i * len(rows) for i in range(count)],
         given.output_token_ids,
-        lambda: None,
+        lambda _: None,
     )
     assert given.output_token_ids == [[]] * count  # the path was taken off the histories
     rng = np.random.default_rng(0)
@@ -266,7 +266,7 @@ def seeded_second_request(
         [neighbour, TokenTree.EMPTY],
         [0, len(rows)],
         given.output_token_ids,
-        lambda: None,
+        lambda _: None,
     )
     return [result.tokens[1], int(torch.randint(1 << 30, (1,), generator=generator))]
 
