@@ -131,9 +131,8 @@ async def _refusal(request: dict[str, Any], engine: Any) -> JSONResponse | None:
     """Return the answer to a request that must not reach vLLM, ``None`` for all others."""
     if request.get("use_beam_search"):
         # vLLM drops the extra arguments of a beam search without a word.
-        return _error(
-            400, "BadRequestError", "use_beam_search", "a beam search takes no constraint"
-        )
+        message = "a beam search takes no constraint; leave one of the two out"
+        return _error(400, "BadRequestError", "use_beam_search", message)
     admission = getattr(getattr(engine, "input_processor", None), ATTRIBUTE, None)
     if admission is not None:
         try:
@@ -163,7 +162,7 @@ class _Writer:
         self._start: Message | None = None  # held back, because the length will change
         self._streams = False
         self._body = b""  # of an answer so far, or the unfinished line of a stream
-        self._last: dict[str, Any] = {}
+        self._last = b"{}"  # event of a stream
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -193,11 +192,12 @@ class _Writer:
         written = []
         for line in lines:
             if line.rstrip() == _DONE:
-                kept = {k: v for k, v in self._last.items() if k in _SHARED}
+                last = json.loads(self._last)
+                kept = {key: last[key] for key in _SHARED if key in last}
                 event = {**kept, "choices": [], "constraint": await self._field()}
                 written.append(_DATA + json.dumps(event).encode() + b"\n\n")
             elif line.startswith(_DATA + b"{"):
-                self._last = json.loads(line[len(_DATA) :])
+                self._last = line[len(_DATA) :]
             written.append(line)
         return b"".join(written)
 
