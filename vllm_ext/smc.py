@@ -229,16 +229,26 @@ def _continuation(
     """Read an engine's answer; ``record`` as documented for the constraint's results."""
     if record["state"] == "error":
         raise RuntimeError(f"a particle's request failed: {record['error']}")
+    weights = record["log_weights"][: len(tokens)]
     dead = record["state"] == "dead_end"
+    if not dead and (len(weights) < len(tokens) or any(not _is_number(w) for w in weights)):
+        raise RuntimeError(
+            "the engine lost the weights of a particle (too many requests beside it were "
+            "preempted); draw the population again"
+        )
     return Continuation(
         tuple(tokens),
-        # JSON has no infinity: a dead end is told by its state.
-        -math.inf if dead else math.fsum(record["log_weights"][: len(tokens)]),
+        -math.inf if dead else math.fsum(weights),
         record["state"] == "complete",
         decode(_spelled(request, tokens, record)),
         record["checks"],
         record["mask_fallbacks"],
     )
+
+
+def _is_number(weight: float | None) -> bool:
+    # None over HTTP, NaN offline.
+    return weight is not None and not math.isnan(weight)
 
 
 class _Server:

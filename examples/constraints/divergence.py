@@ -23,7 +23,8 @@ def smoothed(shares: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
     A text not drawn yet would make the divergence infinite.
     """
-    return (shares * count + 0.5) / (count + 0.5 * shares.shape[-1])
+    cells: NDArray[np.float64] = (shares * count + 0.5) / (count + 0.5 * shares.shape[-1])
+    return cells
 
 
 def curve(
@@ -37,7 +38,7 @@ def _shares(size: int, run: Run, count: int, weighted: bool) -> NDArray[np.float
     texts = run.texts[:count]
     alive = texts != DEAD
     weights = normalized(np.where(alive, run.log_weights[:count] if weighted else 0.0, -np.inf))
-    return np.bincount(texts[alive], weights[alive], minlength=size)
+    return np.bincount(texts[alive], weights[alive], minlength=size).astype(np.float64)
 
 
 def noise_floor(

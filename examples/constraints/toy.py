@@ -161,6 +161,7 @@ def main(
     chosen = [row for row in map(json.loads, lines) if not task or row["id"] in task]
     if not chosen:
         raise typer.BadParameter(f"no line of {tasks} has an id of {task}")
+    environment = describe()
     source, law = Model(model, dtype), SamplingLaw(temperature)
     counts = [2**k for k in range(4, 40) if 2**k <= samples]
     prompts: list[list[int]] = []
@@ -173,7 +174,7 @@ def main(
         studies.append(study(toys[-1], counts, repetitions, seed, row["id"]))
         typer.echo(table(studies[-1]))
     result: dict[str, Any] = {
-        "environment": describe(),
+        "environment": environment,
         "settings": {
             "model": model,
             "dtype": dtype,

@@ -28,6 +28,7 @@ VOCABULARY = Vocabulary((b"x", b"y", b"z", b"yz", b""), eos_ids=(EOS,))
 GRAMMAR = 'root ::= "xx" | "x" [yz] [xyz] | "yz" "x"?'
 TEXTS = ("xx", *("x" + a + b for a, b in itertools.product("yz", "xyz")), "yz", "yzx")
 LAW = SamplingLaw()
+LEANING = np.array([0.0, 0.0, 1.0, 0.5, 0.5])
 
 
 def rows(prefixes: Sequence[Prefix]) -> Any:
@@ -35,7 +36,7 @@ def rows(prefixes: Sequence[Prefix]) -> Any:
     made = []
     for prefix in prefixes:
         generator = np.random.default_rng([7, *(token + 1 for token in prefix)])
-        made.append(generator.normal(size=VOCABULARY.size) + [0.0, 0.0, 1.0, 0.5, 0.5])
+        made.append(generator.normal(size=VOCABULARY.size) + LEANING)
     return np.array(made)
 
 
