@@ -2,7 +2,8 @@
 """Sequential Monte Carlo over constrained texts: weights, resampling, evidence (arXiv 2504.13139).
 
 Only the arithmetic: which particles live on and what the weights say. Whoever drives an engine adds
-each step's log weight, asks for resampling between steps, and re-submits the chosen particles.
+each step's log weight, asks for resampling between steps, and re-submits the chosen particles;
+:mod:`logits_processors.population` does so.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ class Particles:
     def log_evidence(self) -> float:
         """Log of an unbiased estimate of the total mass; ``-inf`` when all particles died."""
         return self._log_evidence + log_mean(self.log_weights)
+
+    @property
+    def absolute_log_weights(self) -> NDArray[np.float64]:
+        """Weights ``float64[N]`` that no resampling has scaled: their mean is the evidence."""
+        return self._log_evidence + self.log_weights
 
     @property
     def ess(self) -> float:
