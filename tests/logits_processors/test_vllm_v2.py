@@ -33,7 +33,7 @@ def straight(method: str, seed: int) -> tuple[list[int], Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 5),
     steps=st.lists(
