@@ -205,7 +205,7 @@ def _explain(model: type[Request], problem: Any) -> str:
 def _shown(value: Any) -> str:
     """Return a short form of any value: a message must not grow with what it complains about."""
     try:
-        return reprlib.repr(value)
+        return reprlib.repr(value)[:200]
     except ValueError:  # more digits than Python prints
         return "a huge integer"
 

@@ -114,7 +114,7 @@ def drive(engine: ToyV1, method: str, operations: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

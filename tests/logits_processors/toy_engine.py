@@ -35,7 +35,7 @@ def config(**options: Any) -> Any:
         speculative_config=None,
         use_v2_model_runner=False,
         parallel_config=SimpleNamespace(data_parallel_index=0),
-        scheduler_config=SimpleNamespace(async_scheduling=False),
+        scheduler_config=SimpleNamespace(async_scheduling=False, max_num_seqs=8),
         model_config=SimpleNamespace(
             max_model_len=64,
             logprobs_mode="raw_logprobs",
