@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from vllm_ext import smc
 
 pytestmark = pytest.mark.engine
 
-START_SECONDS = 240
+START_SECONDS = 600
 PATTERN = "[abc]{2,5}|x[yz]{4}"
 PROMPT = [10, 20, 30, 40, 50]
 PLAN = Plan(particles=8, ess=0.9, tokens_per_round=2, max_tokens=6, seed=4)
@@ -115,13 +116,14 @@ def url(model: Path) -> Iterator[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
     environment = {**os.environ, "VLLM_PLUGINS": "vllm_ext", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.Popen(command, env=environment)
+    # In a session of its own, so that its workers can be ended with it whatever happens.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         wait(f"http://127.0.0.1:{port}/health", process)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait(url: str, process: subprocess.Popen[bytes]) -> None:
