@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMC on real engines, offline and over HTTP, against the samplers on the model's own logits."""
+"""SMC on real engines, against the samplers on the model's own logits; the server speculates."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +24,12 @@ from logits_processors.population import (
 )
 from logits_processors.vocabulary import Vocabulary
 from logits_processors.xgrammar_constraint import compile_xgrammar
-from tests.vllm_ext.engine import make_engine, make_tiny_model
+from tests.vllm_ext.engine import make_engine
+from tests.vllm_ext.server import Server
 from vllm_ext import smc
 
 pytestmark = pytest.mark.engine
 
-START_SECONDS = 600
 PATTERN = "[abc]{2,5}|x[yz]{4}"
 PROMPT = [10, 20, 30, 40, 50]
 PLAN = Plan(particles=8, ess=0.9, tokens_per_round=2, max_tokens=6, seed=4)
@@ -46,18 +39,13 @@ Submit = Callable[[list[Request]], list[Continuation]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def cores(model: Path) -> Submit:
+def cores(served_model: Path) -> Submit:
     """The package's samplers on logits by transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(served_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(served_model)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, network.config.vocab_size)
     compiled, sampler = compile_xgrammar("regex", PATTERN, vocabulary), Awrs(SamplingLaw())
 
@@ -91,9 +79,9 @@ def same(found: Population, expected: Population) -> None:
     assert (found.rounds, found.resamplings) == (expected.rounds, expected.resamplings)
 
 
-def test_offline(model: Path, cores: Submit) -> None:
+def test_offline(served_model: Path, cores: Submit) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    llm = make_engine(model, None)
+    llm = make_engine(served_model, None)
     try:
         for plan in ROUNDS:
             found = smc.sample(llm, PROMPT, smc.Spec("regex", PATTERN), **vars(plan))
@@ -103,47 +91,11 @@ def test_offline(model: Path, cores: Submit) -> None:
     assert drive(population(PLAN), cores).resamplings > 0
 
 
-@pytest.fixture
-def url(model: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(model),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = {**os.environ, "VLLM_PLUGINS": "vllm_ext", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    # In a session of its own, so that its workers can be ended with it whatever happens.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        wait(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server has ended"
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-        else:
-            return
-    raise AssertionError(f"no server after {START_SECONDS} s")
-
-
-def test_over_http(url: str, cores: Submit) -> None:
+def test_over_http(server: Server, cores: Submit) -> None:
     from openai import AsyncOpenAI
 
     async def run(**options: Any) -> Population:
-        async with AsyncOpenAI(base_url=url, api_key="none") as client:
+        async with AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
             return await smc.sample_async(
                 client, PROMPT, smc.Spec("regex", PATTERN), **{**vars(PLAN), **options}
             )
