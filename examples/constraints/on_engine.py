@@ -80,21 +80,3 @@ def _agreement(
         "attempts": sum(a[2] for a in theirs),
         "largest_log_weight_difference": float(weights.max(initial=0.0)),
     }
-
-
-def engine_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the comparison as Markdown."""
-    lines = [
-        "## Engine and cores, same seeds",
-        "",
-        "| | texts | same tokens | attempts (same) | largest difference of a log weight |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['method']} | {row['texts']} | {row['same_texts']} "
-            f"| {row['attempts']} ({row['same_attempts']} of {row['texts']} texts) "
-            f"| {row['largest_log_weight_difference']:.1e} |"
-            for row in rows
-        ),
-        "",
-    ]
-    return "\n".join(lines)
