@@ -162,8 +162,8 @@ def draw(study: dict[str, Any], path: Path) -> None:
         yscale="log",
         xlabel="number of samples",
         ylabel="KL(truth, estimate), nats",
-        title=f"{len(study['texts'])} texts, probability of the constraint {study['mass']:.2g}; "
-        f"median and range of {study['repetitions']}",
+        title=f"{len(study['texts'])} texts; probability of the constraint {study['mass']:.2g}\n"
+        f"median and range of {study['repetitions']} repetitions",
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
