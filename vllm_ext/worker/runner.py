@@ -46,8 +46,10 @@ class TreeRunnerMixin:
     Attributes:
         trees_refused: why branching trees cannot be verified here (then chains are drafted), or
             ``None``.
+        touched: the hooks that this runner and its worker rely on.
     """
 
+    touched: tuple[hooks.Hook, ...] = hooks.WORKER
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -90,7 +92,7 @@ class TreeRunnerMixin:
             "trees" if self.trees_refused is None else f"chains ({self.trees_refused})",
             self.num_spec_tokens,
             attention,
-            ", ".join(hook.name for hook in hooks.WORKER),
+            ", ".join(hook.name for hook in self.touched),
             curve,
         )
 
