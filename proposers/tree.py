@@ -85,6 +85,18 @@ class TokenTree:
             return self
         return TokenTree(self.tokens[:n], self.parents[:n], self.probs[:n])
 
+    def pruned(self, keep: Sequence[bool]) -> TokenTree:
+        """The tree of the nodes marked in ``keep``; a kept node's parent must be kept too."""
+        nodes = [node for node, kept in enumerate(keep) if kept]
+        if len(nodes) == len(self.tokens):
+            return self
+        place = {node: at for at, node in enumerate(nodes)} | {ROOT: ROOT}
+        return TokenTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] for node in nodes),
+            tuple(self.probs[node] for node in nodes),
+        )
+
     @property
     def depths(self) -> tuple[int, ...]:
         """N distances from the root; its children have depth 1."""

@@ -289,7 +289,25 @@ CUDA = (
 )
 """Touched by the CUDA worker only."""
 
-ALL = FRONTEND + WORKER + CPU + CUDA
+CONSTRAINTS = (
+    Hook(
+        "admission",
+        "vllm.v1.engine.input_processor:InputProcessor._build_logits_processors_params_validator",
+        ("self",),
+        "extends the validator of each request by one that knows the model: constraints are "
+        "compiled, and refused with HTTP 400, before they reach the engine",
+        "LogitsProcessor.validate_params is told the model and the configuration",
+    ),
+    Hook(
+        "records",
+        "vllm.v1.worker.worker_base:WorkerBase",
+        None,
+        "gets one more method, through which collective_rpc fetches weights and outcomes",
+        "logits processors may return data with a request's output",
+    ),
+)
+
+ALL = FRONTEND + WORKER + CPU + CUDA + CONSTRAINTS
 
 
 def resolve(target: str) -> Any:

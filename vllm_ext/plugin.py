@@ -41,6 +41,22 @@ def register() -> None:
     _wrap_add_cli_args()
     _wrap_create_speculative_config()
     _wrap_validate_spec_decode()
+    _install_constraints()
+
+
+def _install_constraints() -> None:
+    """Let requests use constraints; without it they are refused by the processor's validation."""
+    from vllm_ext import hooks
+
+    broken = [report for report in hooks.check(hooks.CONSTRAINTS) if not report.ok]
+    if broken:
+        names = ", ".join(report.target for report in broken)
+        logger.error("vllm-ext: constraints are off: this vLLM lacks %s", names)
+        return
+    from vllm_ext.constraints import admission, records
+
+    admission.install()
+    records.install()
 
 
 def warn_if_untested() -> None:

@@ -70,7 +70,7 @@ class MutantWorker(TreeCPUWorker):
         elif name == "generators-kept":
             walk_module._with_generators = lambda metadata, drawing, count: metadata
         elif name == "processors-stale":
-            runner._update_processors = lambda: None
+            runner._update_processors = lambda live: None
         elif name == "cache-layout":
             for impl in impls:
                 true = impl.key_layout

@@ -30,6 +30,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
+from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext.worker.walk import WalkResult
 
@@ -68,13 +69,15 @@ def why_sequential(sampler: Any, metadata: Any) -> str | None:
 
 
 def _is_idle(processor: Any) -> bool:
-    """Whether a processor of vLLM's own changes no request of this batch; others may always."""
+    """Whether a processor changes no request of this batch; what is not known may always."""
     if type(processor) is MinTokensLogitsProcessor:
         return not processor.min_toks
     if type(processor) is LogitBiasLogitsProcessor:
         return not processor.biases
     if type(processor) is MinPLogitsProcessor:
         return not processor.min_p_count
+    if type(processor) is V1Processor:
+        return not processor._rows
     return False
 
 

@@ -25,6 +25,7 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import gpu_model_runner
 
+from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.config import read_options
@@ -169,16 +170,17 @@ class TreeRunnerMixin:
         """Candidates at the step's rows, and the walk over its trees."""
         batch = self.input_batch
         seen = candidates(logits)  # before the walk: a processor may write into the logits
-        walked = walk(
-            self.sampler,
-            logits,
-            batch.sampling_metadata,
-            step.trees,
-            step.starts,
-            batch.req_output_token_ids,
-            self._update_processors,
-            undrawn=self._undrawn(),
-        )
+        with self._processors_walking():
+            walked = walk(
+                self.sampler,
+                logits,
+                batch.sampling_metadata,
+                step.trees,
+                step.starts,
+                batch.req_output_token_ids,
+                self._update_processors,
+                undrawn=self._undrawn(),
+            )
         return seen, walked
 
     def propose_draft_token_ids(
@@ -245,7 +247,22 @@ class TreeRunnerMixin:
             if not emitted
         )
         drafting.propose(ready, limits, unfinished)
+        self._prune_forbidden(drafting.trees, request_ids)
         return drafting.trees
+
+    def _prune_forbidden(
+        self: Any, trees: dict[str, TokenTree], request_ids: Sequence[str]
+    ) -> None:
+        """Drop drafted nodes that a constraint forbids: they cost rows and cannot be drawn."""
+        processors = [p for p in self.input_batch.logitsprocs.all if isinstance(p, V1Processor)]
+        for row, request_id in enumerate(request_ids):
+            tree = trees.get(request_id)
+            if not tree:
+                continue
+            for processor in processors:
+                keep = processor.viable(row, tree.tokens, tree.parents)
+                if keep is not None:
+                    trees[request_id] = tree = tree.pruned(keep)
 
     def _observe_prompts(
         self: Any, scheduler_output: Any, request_ids: list[str], hidden_states: Any
@@ -281,10 +298,25 @@ class TreeRunnerMixin:
 
     # -- helpers ----------------------------------------------------------------------------------
 
-    def _update_processors(self: Any) -> None:
-        """Between levels: processors look at the output tokens, which now end in the path."""
+    def _update_processors(self: Any, live: Sequence[int]) -> None:
+        """Between levels: processors look at the output tokens, which now end in the path.
+
+        Ours are also told whose draw is thrown away: what they learn from draws must not see those.
+        """
         for processor in self.input_batch.logitsprocs.all:
             processor.update_state(None)
+            if isinstance(processor, V1Processor):
+                processor.idle = set(range(self.input_batch.num_reqs)) - set(live)
+
+    @contextmanager
+    def _processors_walking(self: Any) -> Iterator[None]:
+        """Outside the walk every row's draw counts."""
+        try:
+            yield
+        finally:
+            for processor in self.input_batch.logitsprocs.all:
+                if isinstance(processor, V1Processor):
+                    processor.idle = ()
 
     def _undrawn(self: Any) -> list[int]:
         """Requests whose generator must not advance; the stock runner rolls GPU generators back."""

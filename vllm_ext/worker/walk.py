@@ -53,7 +53,7 @@ def walk(
     trees: Sequence[TokenTree],
     starts: Sequence[int],
     histories: Sequence[list[int] | None],
-    update_processors: Callable[[], None],
+    update_processors: Callable[[Sequence[int]], None],
     undrawn: Sequence[int] = (),
 ) -> WalkResult:
     """Verify one tree per request.
@@ -66,7 +66,8 @@ def walk(
         starts: row of each request's root in ``logits``.
         histories: the live output token lists that penalties and processors read; each path is
             visible in them while walking, and taken off again at the end.
-        update_processors: lets logits processors look at the histories between levels.
+        update_processors: lets logits processors look at the histories between levels; it gets
+            the requests that still draw.
         undrawn: requests whose draw is thrown away (unfinished prompts) and whose generator must
             stay where it is.
 
@@ -107,7 +108,7 @@ def walk(
                         history.append(token)
             live = descending
             if live:
-                update_processors()
+                update_processors(live)
     finally:
         for path, history in zip(paths, histories, strict=True):
             if path and history is not None:

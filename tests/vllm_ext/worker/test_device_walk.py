@@ -20,6 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext.worker import device_walk as module
 from vllm_ext.worker.device_walk import DeviceWalk, to_host, why_sequential
@@ -98,7 +99,7 @@ class Batch:
             self.trees,
             self.starts,
             histories,
-            lambda: None,
+            lambda live: None,
         )
 
     def on_device(self, given: SamplingMetadata) -> WalkResult:
@@ -220,6 +221,12 @@ class _Subclass(Sampler):
     pass
 
 
+class _Stranger(MinPLogitsProcessor):
+    """Not vLLM's own: what it looks at is not known."""
+
+    min_p_count = 0
+
+
 def test_samplers_that_are_not_vllms_own() -> None:
     assert why_sequential(_Subclass(), metadata(1)) == "sampler _Subclass"
     assert why_sequential(Sampler(use_fp64_gumbel=True), metadata(1)) == "float64 noise"
@@ -235,11 +242,15 @@ def test_logits_processors_count_when_they_act() -> None:
         processor(MinTokensLogitsProcessor, min_toks={}),
         processor(LogitBiasLogitsProcessor, biases={}),
         processor(MinPLogitsProcessor, min_p_count=0),
+        processor(V1Processor, _rows={}),
     ]
     given = metadata(1, logitsprocs=LogitsProcessors(idle))
     assert why_sequential(gpu_sampler(), given) is None
-    for index, acting in enumerate(({"min_toks": {0: 1}}, {"biases": {0: 1}}, {"min_p_count": 1})):
+    actions = ({"min_toks": {0: 1}}, {"biases": {0: 1}}, {"min_p_count": 1}, {"_rows": {0: ()}})
+    for index, acting in enumerate(actions):
         processors = copy.copy(idle)
         processors[index] = processor(type(idle[index]), **acting)
         given = metadata(1, logitsprocs=LogitsProcessors(processors))
-        assert "LogitsProcessor" in str(why_sequential(gpu_sampler(), given))
+        assert "logits processor" in str(why_sequential(gpu_sampler(), given))
+    given = metadata(1, logitsprocs=LogitsProcessors([processor(_Stranger)]))
+    assert "_Stranger" in str(why_sequential(gpu_sampler(), given))

@@ -118,7 +118,7 @@ def sample(
         [TREE] * count,
         [i * len(rows) for i in range(count)],
         given.output_token_ids,
-        lambda: None,
+        lambda _: None,
     )
     assert given.output_token_ids == [[]] * count  # the path was taken off the histories
     rng = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_negative_controls_fail(walker: Callable[..., Any], options: dict[str, f
 def greedy_result(trees: list[TokenTree], logits: torch.Tensor, **more: Any) -> Any:
     starts = np.cumsum([0, *[len(tree) + 1 for tree in trees[:-1]]]).tolist()
     given = metadata(len(trees), {"temperature": 0.0}, **more)
-    return walk(Sampler(), logits, given, trees, starts, given.output_token_ids, lambda: None)
+    return walk(Sampler(), logits, given, trees, starts, given.output_token_ids, lambda _: None)
 
 
 def one_hot(tokens: list[int]) -> torch.Tensor:
@@ -266,7 +266,7 @@ def seeded_second_request(
         [neighbour, TokenTree.EMPTY],
         [0, len(rows)],
         given.output_token_ids,
-        lambda: None,
+        lambda _: None,
     )
     return [result.tokens[1], int(torch.randint(1 << 30, (1,), generator=generator))]
 
@@ -291,7 +291,7 @@ def test_undrawn_requests_keep_their_generator() -> None:
         [TokenTree.EMPTY],
         [0],
         given.output_token_ids,
-        lambda: None,
+        lambda _: None,
         undrawn=[0],
     )
     assert torch.equal(generator.get_state(), state)
@@ -300,7 +300,7 @@ def test_undrawn_requests_keep_their_generator() -> None:
 def test_histories_survive_an_error() -> None:
     history = [[1, 2]]
 
-    def failing() -> None:
+    def failing(_: object) -> None:
         raise RuntimeError("a processor failed")
 
     with pytest.raises(RuntimeError, match="processor failed"):

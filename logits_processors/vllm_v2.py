@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptor to the processor interface of vLLM's Model Runner V2.
+
+Requests live in slots that are never reported free, only used again; texts are on the device; under
+speculation a request has one row per draft token. Every row of ours is one-hot, so vLLM's rejection
+sampler never looks beyond the first draft that differs from the chosen token, and neither does the
+walk along the drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from .session import Session
+from .vllm_batch import Batch, wants_processor
+
+
+class V2Processor(LogitsProcessor):
+    """Constraints, Mirostat and Momentum for Model Runner V2."""
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self.batch = Batch(vllm_config)
+        self._requests = req_states
+        self._entered: dict[int, Any] = {}  # slot to sampling parameters, text not yet readable
+        self._sessions: dict[int, Session] = {}
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Take over a slot; whoever had it before is gone."""
+        self._entered.pop(req_idx, None)
+        left = self._sessions.pop(req_idx, None)
+        if left is not None:
+            self.batch.close(left, left.expected())
+        if not wants_processor(sampling_params):
+            return False
+        self._entered[req_idx] = sampling_params
+        return True
+
+    def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+        """Edit the rows ``[rows, V]`` of our requests in place."""
+        if not self._entered and not self._sessions:
+            return logits
+        slots = ctx.expanded_idx_mapping.tolist()
+        ours = [
+            r for r, slot in enumerate(slots) if slot in self._entered or slot in self._sessions
+        ]
+        if not ours:
+            return logits
+        offsets = ctx.expanded_local_pos.tolist()
+        positions = ctx.pos.tolist()
+        fed = ctx.input_ids.tolist()
+        roots = {slots[r]: r for r in ours if offsets[r] == 0}
+        depth = max(offsets[r] for r in ours)
+        on_path = dict.fromkeys(roots, True)
+        texts: dict[int, list[int]] = {}
+        for offset in range(depth + 1):
+            rows: list[tuple[int, Session, Sequence[int]]] = []
+            for slot, root in roots.items():
+                row = root + offset
+                if row >= len(slots) or slots[row] != slot or offsets[row] != offset:
+                    continue
+                if positions[root] + 1 < int(self._requests.prefill_len.np[slot]):
+                    continue  # an unfinished prompt: its draw is thrown away
+                if offset == 0:
+                    texts[slot] = self._text(slot, positions[root] + 1)
+                else:
+                    chosen = self._sessions[slot].expected()[-1:]
+                    on_path[slot] = on_path[slot] and chosen == [fed[row]]
+                    texts[slot].append(fed[row])
+                if on_path[slot]:
+                    rows.append((row, self._sessions[slot], texts[slot]))
+            if rows:
+                self.batch.edit(logits, rows)
+        return logits
+
+    def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return and forget the records under ``names``, as plain types."""
+        if not self.batch.started:
+            return []
+        for session in self._sessions.values():
+            session.follow(session.expected())
+        return [vars(record) for record in self.batch.sessions.pop(names)]
+
+    def _text(self, slot: int, length: int) -> list[int]:
+        """Return the output tokens of ``slot``, and open its session if it has none yet."""
+        tokens = self._requests.all_token_ids.gpu[slot, :length].tolist()
+        start = int(self._requests.prompt_len.np[slot])
+        params = self._entered.pop(slot, None)
+        if params is not None:
+            session = self.batch.open(params, tokens[:start], tokens[start:])
+            assert session is not None
+            self._sessions[slot] = session
+        return list(tokens[start:])
