@@ -153,6 +153,7 @@ def engine_steps(model: str, nodes: int, options: argparse.Namespace) -> list[di
         max_num_seqs=max(options.batch),
         enable_prefix_caching=False,
         disable_log_stats=False,
+        enforce_eager=not torch.cuda.is_available(),  # compiling takes minutes on a CPU
     )
     params = SamplingParams(
         temperature=0.0, max_tokens=options.tokens, ignore_eos=True, detokenize=False
