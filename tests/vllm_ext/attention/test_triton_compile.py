@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import tempfile
 from typing import Any
 
 import pytest
@@ -85,6 +88,36 @@ def test_the_tree_kernel(
     made = compiled(triton_kernels.tree_kernel, constants, pointers, arch)
     assert made.metadata.shared <= shared
     assert made.asm["cubin"]
+    assert spilled(made.asm["ptx"], arch) == 0
+
+
+def spilled(ptx: str, arch: int) -> int:
+    """Bytes of registers that NVIDIA's assembler spills to memory."""
+    from triton.backends.nvidia import compiler
+
+    if not hasattr(compiler, "get_ptxas"):
+        pytest.skip("this version of Triton does not say where its assembler is")
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        done = subprocess.run(
+            [
+                compiler.get_ptxas(arch).path,
+                "-v",
+                f"--gpu-name={target[1]}",
+                source.name,
+                "-o",
+                os.devnull,
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    stores = re.findall(r"(\d+) bytes spill stores", done.stdout + done.stderr)
+    assert stores
+    return sum(map(int, stores))
 
 
 def test_the_combine_kernel() -> None:
