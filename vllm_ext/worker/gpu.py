@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.distributed import get_tp_group
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -89,13 +92,15 @@ class TreeGPUModelRunner(TreeGPURunnerMixin, GPUModelRunner):
 class TreeGPUWorker(Worker):
     """CUDA worker that runs :class:`TreeGPUModelRunner` with tree-aware attention backends."""
 
-    def _make_model_runner(self) -> Any:
+    def init_device(self) -> None:
+        """Stock, with our runner and attention backends in place."""
         hooks.require(TreeGPUModelRunner.touched)
         if importlib.util.find_spec("triton") is not None:
             from vllm_ext.attention.cuda import register_tree_backends
 
             register_tree_backends()
-        return TreeGPUModelRunner(self.vllm_config, self.device)
+        with _runner_class(TreeGPUModelRunner):
+            super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
         """Stock; then check tree attention on this machine and measure the cost of rows."""
@@ -118,6 +123,17 @@ class TreeGPUWorker(Worker):
         from vllm_ext.attention.cuda_setup import set_up_tree_attention
 
         return agreed(set_up_tree_attention(self.model_runner))
+
+
+@contextmanager
+def _runner_class(runner: type) -> Iterator[None]:
+    """Put ``runner`` where the stock worker imports its runner class from."""
+    original = gpu_model_runner.GPUModelRunner
+    gpu_model_runner.GPUModelRunner = runner
+    try:
+        yield
+    finally:
+        gpu_model_runner.GPUModelRunner = original
 
 
 def agreed(reason: str | None) -> str | None:
