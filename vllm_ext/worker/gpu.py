@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from proposers.recycling import WIDTH
 from vllm_ext import hooks
-from vllm_ext.worker.device_walk import DeviceWalk, to_host, why_sequential
+from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host, why_sequential
 from vllm_ext.worker.drafting import Candidates
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.runner import TreeRunnerMixin
@@ -79,7 +79,10 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         metadata = self.input_batch.sampling_metadata
         if not any(step.trees) or why_sequential(self.sampler, metadata) is not None:
             return super()._verify(logits, step)
-        ids, probs = top_candidates(logits, WIDTH)
+        chunk = chunk_rows(logits.shape[1])
+        begins = range(0, len(logits), chunk)
+        parts = [top_candidates(logits[row : row + chunk], WIDTH) for row in begins]
+        ids, probs = (torch.cat(part) for part in zip(*parts, strict=True))
         walked = DeviceWalk(logits, metadata, step.trees, step.starts)
         path, host_ids, host_probs = to_host(walked.path, ids, probs)
         return Candidates(host_ids, host_probs), walked.finish(path)
@@ -118,11 +121,12 @@ class TreeGPUWorker(Worker):
 
     def _set_up_trees(self) -> str | None:
         """Why branching trees are refused, the same on every rank."""
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        from vllm_ext.attention.cuda_setup import set_up_tree_attention
+        reason: str | None = "Triton is not installed"
+        if importlib.util.find_spec("triton") is not None:
+            from vllm_ext.attention.cuda_setup import set_up_tree_attention
 
-        return agreed(set_up_tree_attention(self.model_runner))
+            reason = set_up_tree_attention(self.model_runner)
+        return agreed(reason)
 
 
 @contextmanager
