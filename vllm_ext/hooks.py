@@ -211,10 +211,10 @@ CPU = (
 CUDA = (
     Hook(
         "worker-cuda",
-        "vllm.v1.worker.gpu_worker:Worker._make_model_runner",
+        "vllm.v1.worker.gpu_worker:Worker.init_device",
         ("self",),
-        "official hook: our CUDA worker returns its runner subclass",
-        "stays: it is a documented hook",
+        "our CUDA worker puts the runner subclass in place while this runs",
+        "vLLM 0.31, which lacks the hook _make_model_runner(), is no longer supported",
     ),
     Hook(
         "cuda-graphs",
