@@ -155,6 +155,11 @@ class CostModel:
             search.add(prob)
         return search.size
 
+    def gain(self, base_rows: int, base_tokens: float, nodes: int, extra_tokens: float) -> float:
+        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens`."""
+        slower = self.seconds(base_rows + nodes) / self.seconds(base_rows)
+        return (base_tokens + extra_tokens) / base_tokens / slower - 1.0
+
     def search(self, base_rows: int, base_tokens: float, limit: int) -> SizeSearch:
         """The search that `best_size` makes, for nodes that come one by one; at most `limit`."""
         costs = self.curve(base_rows + limit)[base_rows:]

@@ -14,6 +14,13 @@ target chose,
 so that q becomes the rate at which drafted tokens are accepted. A source's own missing mass
 1 - sum_t p_s(t) stands, like w_0, for the tokens that no source named. Requests sampled greedily
 and at a temperature accept at different rates and have separate weights.
+
+The weights belong to all requests. A request's own text leans on one source or another (a summary
+copies, a chat does not), in every bucket alike; so each request has a factor per source,
+
+    w_s(b, request) ~ w_s(b) * a_s,      a_s = (k + sum of r_s) / (k + sum of w_s),
+
+summed over what the request has shown, with k observations' worth of doubt.
 """
 
 from __future__ import annotations
@@ -31,6 +38,49 @@ _MEMORY = 400.0
 
 _PRIOR_LEAK = 0.02
 """Share of the prior in every update: keeps a weight from reaching 0, where EM would leave it."""
+
+
+_BIAS_DOUBT = 4.0
+_BIAS_MEMORY = 0.98
+"""How slowly a request's factors leave 1, and what share of the evidence each observation keeps."""
+
+
+class Bias:
+    """One request's factors on the weights of the sources; the last one is that of "none"."""
+
+    __slots__ = ("_expected", "_seen", "factors")
+
+    def __init__(self, sources: int) -> None:
+        self.factors = [1.0] * (sources + 1)
+        self._seen = [_BIAS_DOUBT] * (sources + 1)
+        self._expected = [_BIAS_DOUBT] * (sources + 1)
+
+    def move(self, responsibilities: Sequence[float], weights: Sequence[float]) -> None:
+        """Compare what a token says about the sources with what the common weights said."""
+        keep, doubt = _BIAS_MEMORY, (1.0 - _BIAS_MEMORY) * _BIAS_DOUBT
+        pairs = zip(
+            self._seen,
+            [*responsibilities, 1.0 - sum(responsibilities)],
+            self._expected,
+            [*weights, 1.0 - sum(weights)],
+            strict=True,
+        )
+        self._seen, self._expected, self.factors = map(
+            list,
+            zip(
+                *(
+                    (a := keep * seen + r + doubt, b := keep * expected + w + doubt, a / b)
+                    for seen, r, expected, w in pairs
+                ),
+                strict=True,
+            ),
+        )
+
+    def applied(self, weights: Sequence[float]) -> list[float]:
+        """The request's own weights, which with that of "none" sum to 1 as before."""
+        scaled = [w * a for w, a in zip(weights, self.factors)]  # noqa: B905 (one factor more)
+        total = sum(scaled) + (1.0 - sum(weights)) * self.factors[-1]
+        return [w / total for w in scaled]
 
 
 class _Weights:
@@ -60,12 +110,16 @@ class Prediction:
     Attributes:
         probs: estimated acceptance probability of each candidate token.
         weights: the cell of the mixture that was used.
+        values: its weights as the request has them.
         candidates: what each source said, in the mixture's order.
+        bias: the request's factors, if it has any.
     """
 
     probs: dict[int, float]
     weights: _Weights
+    values: list[float]
     candidates: list[Candidates]
+    bias: Bias | None
 
 
 class Mixture:
@@ -85,8 +139,10 @@ class Mixture:
             source.advance(state, token) for source, state in zip(self.sources, states, strict=True)
         ]
 
-    def predict(self, states: list[State], greedy: bool) -> Prediction:
-        """The mixture in a context, by the rules for greedy or for sampled requests."""
+    def predict(self, states: list[State], greedy: bool, bias: Bias | None = None) -> Prediction:
+        """The mixture in a context, by the rules for greedy or for sampled requests, and with a
+        request's own factors.
+        """
         key = [int(greedy)]
         candidates = []
         for source, state in zip(self.sources, states):  # noqa: B905 (hot: strict costs time)
@@ -94,14 +150,15 @@ class Mixture:
             key.append(bucket)
             candidates.append(found)
         weights = self._cells.get(tuple(key)) or self._new_cell(key)
+        values = weights.values if bias is None else bias.applied(weights.values)
         probs: dict[int, float] = {}
-        for weight, found in zip(weights.values, candidates):  # noqa: B905
+        for weight, found in zip(values, candidates):  # noqa: B905
             for token, prob in found.items():
                 if token in probs:
                     probs[token] += weight * prob
                 else:
                     probs[token] = weight * prob
-        return Prediction(probs, weights, candidates)
+        return Prediction(probs, weights, values, candidates, bias)
 
     def _new_cell(self, key: Sequence[int]) -> _Weights:
         greedy = bool(key[0])
@@ -111,14 +168,26 @@ class Mixture:
 
     def learn(self, prediction: Prediction, token: int) -> None:
         """Tell which token the target chose where `prediction` was made."""
-        values, said = prediction.weights.values, prediction.candidates
+        cell, said = prediction.weights, prediction.candidates
         if token in prediction.probs:
             likelihoods = [found.get(token, 0.0) for found in said]
-            none = 0.0
         else:
             likelihoods = [max(0.0, 1.0 - sum(found.values())) for found in said]
-            none = 1.0 - sum(values)
-        shares = [value * x for value, x in zip(values, likelihoods, strict=True)]
-        total = none + sum(shares)
-        if total > 0.0:
-            prediction.weights.move([share / total for share in shares])
+        named = token in prediction.probs
+        bias = prediction.bias
+        if bias is not None:
+            own = _responsibilities(prediction.values, likelihoods, named)
+            if own is not None:
+                bias.move(own, cell.values)
+        common = _responsibilities(cell.values, likelihoods, named)
+        if common is not None:
+            cell.move(common)
+
+
+def _responsibilities(
+    weights: Sequence[float], likelihoods: Sequence[float], named: bool
+) -> list[float] | None:
+    """How probably each source, rather than another or none, explains a token."""
+    shares = [w * x for w, x in zip(weights, likelihoods, strict=True)]
+    total = sum(shares) + (0.0 if named else 1.0 - sum(weights))
+    return [share / total for share in shares] if total > 0.0 else None

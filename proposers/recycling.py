@@ -22,13 +22,27 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from proposers.prime import PrimeTable
 from proposers.source import Candidates, VerifiedRows
 
 WIDTH = 8
 """Successors kept per context."""
 
-_NEGLIGIBLE = 0.01
-"""Successors below this probability are not drafted: they never pay for a row."""
+NEGLIGIBLE = 0.01
+"""Successors up to this probability are not drafted: they never pay for a row."""
+
+
+_NOTHING: Candidates = {}
+
+_READY = 1 << 14
+"""Contexts whose successors are kept ready as a dict (about 1 kB each)."""
+
+
+def _as_candidates(
+    ids: NDArray[np.int32], probs: NDArray[np.float32], negligible: float
+) -> Candidates:
+    pairs = zip(ids.tolist(), probs.tolist())  # noqa: B905 (hot)
+    return {token: prob for token, prob in pairs if prob > negligible}
 
 
 def merge_topk(
@@ -68,7 +82,8 @@ def merge_topk(
 class _Table:
     """Successors by context key; oldest keys are overwritten when `capacity` is reached."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, negligible: float) -> None:
+        self._negligible = negligible
         # np.zeros maps pages on first use: a table costs memory only for the contexts it has seen.
         self.ids = np.zeros((capacity, WIDTH), np.int32)
         self.probs = np.zeros((capacity, WIDTH), np.float32)
@@ -76,6 +91,8 @@ class _Table:
         self._slot_of: dict[int, int] = {}
         self._key_of: list[int] = []
         self._next = 0
+        # The same contexts are asked for in every step; only few change in between.
+        self._ready: dict[int, Candidates] = {}
 
     def update(self, row_of: dict[int, int], rows: VerifiedRows, decay: float) -> None:
         """Merge in the rows that `row_of` names by key."""
@@ -89,13 +106,22 @@ class _Table:
             rows.top_probs[row],
             decay,
         )
+        for key in row_of:
+            self._ready.pop(key, None)
 
     def successors(self, key: int) -> Candidates:
-        slot = self._slot_of.get(key)
-        if slot is None:
-            return {}
-        ids, probs = self.ids[slot].tolist(), self.probs[slot].tolist()
-        return {t: p for t, p in zip(ids, probs) if p > _NEGLIGIBLE}  # noqa: B905 (hot)
+        """What is stored for `key`, not to be changed; empty if nothing is."""
+        found = self._ready.get(key)
+        if found is None:
+            slot = self._slot_of.get(key)
+            if slot is None:
+                return {}
+            if len(self._ready) >= _READY:
+                self._ready.clear()
+            found = self._ready[key] = _as_candidates(
+                self.ids[slot], self.probs[slot], self._negligible
+            )
+        return found
 
     def _claim(self, key: int) -> int:
         slot = self._slot_of.get(key)
@@ -104,7 +130,9 @@ class _Table:
         slot = self._next
         self._next = (slot + 1) % self._capacity
         if slot < len(self._key_of):
-            del self._slot_of[self._key_of[slot]]
+            old = self._key_of[slot]
+            del self._slot_of[old]
+            self._ready.pop(old, None)
             self._key_of[slot] = key
             self.probs[slot] = 0.0
         else:
@@ -120,7 +148,14 @@ _Context: TypeAlias = tuple[_Table, int, int]
 class _Recycling(ABC):
     """What both keyings share: tables per namespace, and the last two tokens per request."""
 
-    def __init__(self, capacity: int, *, decay: float = 0.5, max_namespaces: int = 8) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        decay: float = 0.5,
+        max_namespaces: int = 8,
+        negligible: float = NEGLIGIBLE,
+    ) -> None:
         if capacity < 1 or max_namespaces < 1:
             raise ValueError(
                 f"recycling: capacity={capacity}, max_namespaces={max_namespaces}; "
@@ -131,6 +166,7 @@ class _Recycling(ABC):
         self._capacity = capacity
         self._decay = decay
         self._max_namespaces = max_namespaces
+        self._negligible = negligible
         self._tables: OrderedDict[int, _Table] = OrderedDict()
         self._requests: dict[str, _Context] = {}
 
@@ -180,10 +216,13 @@ class _Recycling(ABC):
     def _key(self, before: int, last: int) -> int:
         """The table's key of a context; negative: the context has none."""
 
+    def _new_table(self) -> _Table:
+        return _Table(self._capacity, self._negligible)
+
     def _table(self, namespace: int) -> _Table:
         table = self._tables.get(namespace)
         if table is None:
-            table = self._tables[namespace] = _Table(self._capacity)
+            table = self._tables[namespace] = self._new_table()
             if len(self._tables) > self._max_namespaces:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(namespace)
@@ -203,10 +242,26 @@ class BigramRecycling(_Recycling):
         capacity: contexts kept per namespace (64 bytes each); the vocabulary size keeps all.
         decay: weight of a fresh row against the stored ones.
         max_namespaces: tables kept; the least recently used one is dropped first.
+        negligible: successors up to this probability are not drafted.
+        prime: what the tables hold at first; observations are blended in as into any other row.
 
     Raises:
         ValueError: for a capacity or a number of namespaces below 1, or a decay not in (0, 1].
     """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        decay: float = 0.5,
+        max_namespaces: int = 8,
+        negligible: float = NEGLIGIBLE,
+        prime: PrimeTable | None = None,
+    ) -> None:
+        super().__init__(
+            capacity, decay=decay, max_namespaces=max_namespaces, negligible=negligible
+        )
+        self._prime = prime
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
@@ -214,6 +269,19 @@ class BigramRecycling(_Recycling):
 
     def _key(self, before: int, last: int) -> int:
         return last
+
+    def _new_table(self) -> _Table:
+        table = super()._new_table()
+        prime = self._prime
+        if prime is not None:
+            rows = VerifiedRows(
+                np.stack([np.full(len(prime), -1), prime.tokens], axis=1).astype(np.int64),
+                prime.ids.astype(np.int64),
+                prime.probs,
+                np.zeros(len(prime), np.int64),
+            )
+            table.update({token: i for i, token in enumerate(prime.tokens.tolist())}, rows, 1.0)
+        return table
 
 
 class TrigramRecycling(_Recycling):

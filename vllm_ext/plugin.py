@@ -117,8 +117,11 @@ def _wrap_validate_spec_decode() -> None:
     @functools.wraps(original)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         from vllm_ext.config import is_ours
+        from vllm_ext.request_options import node_cap
 
-        if not is_ours(speculative_config):
+        if is_ours(speculative_config):
+            node_cap(self.extra_args)  # raises for nonsense: here the client still hears of it
+        else:
             original(self, speculative_config)
 
     setattr(_validate_spec_decode, _MARK, True)

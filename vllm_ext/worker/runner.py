@@ -27,6 +27,7 @@ from vllm.v1.worker import gpu_model_runner
 
 from proposers.tree import TokenTree
 from vllm_ext import hooks
+from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.worker.commit import commit
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
@@ -70,15 +71,14 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
+        self._resources = load_resources(
+            self._options, self.model_config, self.vllm_config.load_config.download_dir
+        )
         self._drafting = self._new_drafting()
 
     def _new_drafting(self: Any) -> Drafting:
-        return Drafting(
-            self.model_config.get_vocab_size(),
-            self._options,
-            self._timer.cost,
-            trees=self.trees_refused is None,
-        )
+        drafter = build_drafter(self._method, self._options, self._resources, self._timer.cost)
+        return Drafting(drafter, trees=self.trees_refused is None)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
         """Log what is in place, in one line."""
