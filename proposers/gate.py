@@ -14,8 +14,8 @@ spends nothing on drafts that do not pay.
 
 from __future__ import annotations
 
-OPEN_AT = 0.03
-CLOSE_AT = 0.01
+OPEN_AT = 0.02
+CLOSE_AT = 0.005
 PROBE_EVERY = 8
 _MEMORY_OPEN = 32.0
 _MEMORY_CLOSED = 3.0

@@ -125,9 +125,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         raw = file.read(size)
     try:
         metadata = json.loads(raw)["__metadata__"]
-        version = metadata["version"] if metadata["format"] == FORMAT else None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PrimeError(f"prime table {path}: not a table of `vllm-ext prime`") from error
+        known, version = metadata["format"] == FORMAT, metadata["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        known, version = False, None
+    if not known:
+        raise PrimeError(f"prime table {path}: not a table of `vllm-ext prime`")
     if version != VERSION:
         raise PrimeError(
             f"prime table {path}: version {version!r}, this program reads {VERSION!r}; make it "

@@ -48,8 +48,9 @@ class DatastoreSource:
         """Append committed tokens."""
         tail, (_, _, length) = self._requests[request]
         tail = (tail + [int(token) for token in tokens])[-_LONGEST:]
-        # A suffix that matches now matched before the new tokens, too.
-        self._requests[request] = tail, self._match(tail, length + len(tokens))
+        # A suffix that matches now matched before the new tokens, too, if only with one token.
+        bound = max(length, _SHORTEST - 1) + len(tokens)
+        self._requests[request] = tail, self._match(tail, bound)
 
     def stop(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""
