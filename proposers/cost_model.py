@@ -70,10 +70,10 @@ class SizeSearch:
         # With all the rest at `prob` the gain is linear and the cost piecewise linear in the
         # number of nodes, and the present number does not win: if any does, a corner does.
         n, tokens, best, costs = self._n, self._tokens, self._best, self._costs
-        return not any(
-            corner > n and tokens + prob * (corner - n) > best * costs[corner]
-            for corner in self._corners
-        )
+        for corner in self._corners:
+            if corner > n and tokens + prob * (corner - n) > best * costs[corner]:
+                return False
+        return True
 
 
 class CostModel:

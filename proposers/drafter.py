@@ -72,7 +72,7 @@ class TreeDrafter:
         self._max_nodes = options.max_nodes
         self._grower: Grower = grower or DySpec(Mixture(sources), options)
         self._sources = self._grower.sources
-        self._gate = gate
+        self.gate = gate
         self._requests: dict[str, _Request] = {}
 
     def start(
@@ -139,7 +139,7 @@ class TreeDrafter:
         if not requests:
             return []
         base_rows, base_tokens = len(requests) + other_rows, float(len(requests))
-        gate = self._gate
+        gate = self.gate
         if gate is not None and not gate.wants_draft(base_rows):
             return [TokenTree.EMPTY] * len(requests)
         limits = [self._max_nodes] * len(requests)
@@ -156,11 +156,6 @@ class TreeDrafter:
         extra = sum(sum(tree.probs) for tree in trees)
         gain = self.cost.gain(base_rows, base_tokens, nodes, extra) if nodes else 0.0
         return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
-
-    @property
-    def gate_switches(self) -> int:
-        """How often drafting was stopped or taken up again."""
-        return self._gate.switches if self._gate is not None else 0
 
     def stop(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""

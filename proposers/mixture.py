@@ -42,45 +42,49 @@ _PRIOR_LEAK = 0.02
 
 _BIAS_DOUBT = 4.0
 _BIAS_MEMORY = 0.98
-"""How slowly a request's factors leave 1, and what share of the evidence each observation keeps."""
+_BIAS_RETURN = (1.0 - _BIAS_MEMORY) * _BIAS_DOUBT
+"""How slowly a request's factors leave 1, what share of the evidence each observation keeps, and
+what draws the factors back to 1."""
 
 
 class Bias:
     """One request's factors on the weights of the sources; the last one is that of "none"."""
 
-    __slots__ = ("_expected", "_seen", "factors")
+    __slots__ = ("_applied", "_expected", "_seen", "factors")
 
     def __init__(self, sources: int) -> None:
         self.factors = [1.0] * (sources + 1)
         self._seen = [_BIAS_DOUBT] * (sources + 1)
         self._expected = [_BIAS_DOUBT] * (sources + 1)
+        self._applied: dict[int, tuple[Sequence[float], list[float]]] = {}
 
     def move(self, responsibilities: Sequence[float], weights: Sequence[float]) -> None:
         """Compare what a token says about the sources with what the common weights said."""
-        keep, doubt = _BIAS_MEMORY, (1.0 - _BIAS_MEMORY) * _BIAS_DOUBT
-        pairs = zip(
-            self._seen,
-            [*responsibilities, 1.0 - sum(responsibilities)],
-            self._expected,
-            [*weights, 1.0 - sum(weights)],
-            strict=True,
-        )
-        self._seen, self._expected, self.factors = map(
-            list,
-            zip(
-                *(
-                    (a := keep * seen + r + doubt, b := keep * expected + w + doubt, a / b)
-                    for seen, r, expected, w in pairs
-                ),
-                strict=True,
-            ),
-        )
+        seen, expected, factors = self._seen, self._expected, self.factors
+        last = len(seen) - 1
+        none_seen = none_expected = 1.0
+        for i in range(last):
+            r, w = responsibilities[i], weights[i]
+            none_seen -= r
+            none_expected -= w
+            seen[i] = _BIAS_MEMORY * seen[i] + r + _BIAS_RETURN
+            expected[i] = _BIAS_MEMORY * expected[i] + w + _BIAS_RETURN
+            factors[i] = seen[i] / expected[i]
+        seen[last] = _BIAS_MEMORY * seen[last] + none_seen + _BIAS_RETURN
+        expected[last] = _BIAS_MEMORY * expected[last] + none_expected + _BIAS_RETURN
+        factors[last] = seen[last] / expected[last]
+        self._applied.clear()
 
     def applied(self, weights: Sequence[float]) -> list[float]:
         """The request's own weights, which with that of "none" sum to 1 as before."""
+        known = self._applied.get(id(weights))
+        if known is not None:  # which keeps `weights` alive, so that its id is its own
+            return known[1]
         scaled = [w * a for w, a in zip(weights, self.factors)]  # noqa: B905 (one factor more)
         total = sum(scaled) + (1.0 - sum(weights)) * self.factors[-1]
-        return [w / total for w in scaled]
+        made = [w / total for w in scaled]
+        self._applied[id(weights)] = weights, made
+        return made
 
 
 class _Weights:
@@ -97,9 +101,10 @@ class _Weights:
     def move(self, responsibilities: Sequence[float]) -> None:
         self.count = min(self.count + 1.0, _MEMORY)
         eta = 1.0 / self.count
+        fresh, leak, keep = eta * (1.0 - _PRIOR_LEAK), eta * _PRIOR_LEAK, 1.0 - eta
         self.values = [
-            value + eta * ((1.0 - _PRIOR_LEAK) * r + _PRIOR_LEAK * prior - value)
-            for value, r, prior in zip(self.values, responsibilities, self.prior, strict=True)
+            keep * value + fresh * r + leak * prior
+            for value, r, prior in zip(self.values, responsibilities, self.prior)  # noqa: B905
         ]
 
 
@@ -188,6 +193,6 @@ def _responsibilities(
     weights: Sequence[float], likelihoods: Sequence[float], named: bool
 ) -> list[float] | None:
     """How probably each source, rather than another or none, explains a token."""
-    shares = [w * x for w, x in zip(weights, likelihoods, strict=True)]
+    shares = [w * x for w, x in zip(weights, likelihoods)]  # noqa: B905 (hot)
     total = sum(shares) + (0.0 if named else 1.0 - sum(weights))
     return [share / total for share in shares] if total > 0.0 else None

@@ -32,19 +32,6 @@ NEGLIGIBLE = 0.01
 """Successors up to this probability are not drafted: they never pay for a row."""
 
 
-_NOTHING: Candidates = {}
-
-_READY = 1 << 14
-"""Contexts whose successors are kept ready as a dict (about 1 kB each)."""
-
-
-def _as_candidates(
-    ids: NDArray[np.int32], probs: NDArray[np.float32], negligible: float
-) -> Candidates:
-    pairs = zip(ids.tolist(), probs.tolist())  # noqa: B905 (hot)
-    return {token: prob for token, prob in pairs if prob > negligible}
-
-
 def merge_topk(
     old_ids: NDArray[np.int32],
     old_probs: NDArray[np.float32],
@@ -87,41 +74,33 @@ class _Table:
         # np.zeros maps pages on first use: a table costs memory only for the contexts it has seen.
         self.ids = np.zeros((capacity, WIDTH), np.int32)
         self.probs = np.zeros((capacity, WIDTH), np.float32)
+        self._worth = np.zeros(capacity, np.int8)  # how many successors are not negligible
         self._capacity = capacity
         self._slot_of: dict[int, int] = {}
         self._key_of: list[int] = []
         self._next = 0
-        # The same contexts are asked for in every step; only few change in between.
-        self._ready: dict[int, Candidates] = {}
 
     def update(self, row_of: dict[int, int], rows: VerifiedRows, decay: float) -> None:
         """Merge in the rows that `row_of` names by key."""
         # A slot claimed twice (more contexts in one step than capacity) keeps its last claim.
         claimed = {self._claim(key): row for key, row in row_of.items()}
         slot, row = np.array([*claimed.items()], np.int64).T
-        self.ids[slot], self.probs[slot] = merge_topk(
+        ids, probs = merge_topk(
             self.ids[slot],
             self.probs[slot],
             rows.top_ids[row].astype(np.int32),
             rows.top_probs[row],
             decay,
         )
-        for key in row_of:
-            self._ready.pop(key, None)
+        self.ids[slot], self.probs[slot] = ids, probs
+        self._worth[slot] = (probs > self._negligible).sum(axis=1)
 
     def successors(self, key: int) -> Candidates:
-        """What is stored for `key`, not to be changed; empty if nothing is."""
-        found = self._ready.get(key)
-        if found is None:
-            slot = self._slot_of.get(key)
-            if slot is None:
-                return {}
-            if len(self._ready) >= _READY:
-                self._ready.clear()
-            found = self._ready[key] = _as_candidates(
-                self.ids[slot], self.probs[slot], self._negligible
-            )
-        return found
+        slot = self._slot_of.get(key)
+        if slot is None:
+            return {}
+        n = self._worth.item(slot)
+        return dict(zip(self.ids[slot, :n].tolist(), self.probs[slot, :n].tolist()))  # noqa: B905
 
     def _claim(self, key: int) -> int:
         slot = self._slot_of.get(key)
@@ -130,11 +109,10 @@ class _Table:
         slot = self._next
         self._next = (slot + 1) % self._capacity
         if slot < len(self._key_of):
-            old = self._key_of[slot]
-            del self._slot_of[old]
-            self._ready.pop(old, None)
+            del self._slot_of[self._key_of[slot]]
             self._key_of[slot] = key
             self.probs[slot] = 0.0
+            self._worth[slot] = 0
         else:
             self._key_of.append(key)
         self._slot_of[key] = slot

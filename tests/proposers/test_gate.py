@@ -105,7 +105,7 @@ def test_a_closed_gate_asks_no_source(table_source) -> None:
     assert asked == []
     drafter.propose(["r"])
     assert asked != []
-    assert drafter.gate_switches == 1
+    assert gate.switches == 1
 
 
 def test_requests_that_want_no_draft_do_not_close_it(table_source) -> None:

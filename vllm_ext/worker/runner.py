@@ -29,6 +29,7 @@ from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
+from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
@@ -77,6 +78,7 @@ class TreeRunnerMixin:
         self._drafting = self._new_drafting()
 
     def _new_drafting(self: Any) -> Drafting:
+        self._switches = 0
         drafter = build_drafter(self._method, self._options, self._resources, self._timer.cost)
         return Drafting(drafter, trees=self.trees_refused is None)
 
@@ -236,6 +238,7 @@ class TreeRunnerMixin:
             if not emitted
         )
         drafting.propose(ready, limits, unfinished)
+        self._count_decisions(drafting, ready)
         return drafting.trees
 
     def _observe_prompts(
@@ -288,6 +291,16 @@ class TreeRunnerMixin:
             slots = self.input_batch.block_table[gid].slot_mapping.gpu
             mappings.update(dict.fromkeys(group.layer_names, slots))
         return mappings
+
+    def _count_decisions(self: Any, drafting: Drafting, request_ids: Sequence[str]) -> None:
+        """Update the counters of what was decided about drafting."""
+        gate, counters = drafting.drafter.gate, self._counters
+        if gate is not None:
+            counters.add("paused_steps", float(not gate.is_open))
+            counters.add("pauses", gate.switches - self._switches)
+            self._switches = gate.switches
+        extras = (self.requests[r].sampling_params.extra_args for r in request_ids)
+        counters.add("capped_requests", sum(node_cap(extra) is not None for extra in extras))
 
     def _count(self: Any, tokens: Any, seconds: float) -> None:
         """Update the counters after one step."""
