@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from replay_jacobi import JacobiCount
 from replay_rows import Rows
 
 from proposers import CostModel, TokenTree, TreeDrafter, VerifiedRows
@@ -70,7 +71,13 @@ class FreeRows(CostModel):
 
 
 def replay(
-    drafter: TreeDrafter, recording: Recording, rows: Rows, name: str, *, rejected: bool = True
+    drafter: TreeDrafter,
+    recording: Recording,
+    rows: Rows,
+    name: str,
+    *,
+    rejected: bool = True,
+    jacobi: JacobiCount | None = None,
 ) -> Replay:
     """One request from its first token to its last.
 
@@ -80,6 +87,7 @@ def replay(
         rows: the target's candidates at rows off the recorded text.
         name: of the request.
         rejected: whether rows of rejected nodes are learnt from.
+        jacobi: counts what Jacobi iteration would have guessed.
     """
     text, start = recording.text, len(recording.prompt)
     result = Replay(recording)
@@ -102,7 +110,17 @@ def replay(
             for p in range(position, position + len(path))
             if p + 1 in recorded
         ]
-        off_path = _rejected(tree, path, text, position, rows) if rejected and len(tree) else []
+        off_path = []
+        if len(tree) and (rejected or jacobi is not None):
+            found, contexts = _rows(tree, text, position, rows)
+            if rejected:
+                off_path = [
+                    (contexts[node], row)
+                    for node, row in enumerate(found)
+                    if row is not None and node not in path
+                ]
+            if jacobi is not None:
+                jacobi.look(tree, path, found, text[position:])
         begin = time.process_time()
         _observe(drafter, off_path + on_path)
         drafter.extend(name, emitted)
@@ -112,6 +130,8 @@ def replay(
         result.rows += 1 + len(tree)
         position += len(emitted)
     drafter.stop(name)
+    if jacobi is not None:
+        jacobi.forget()
     return result
 
 
@@ -127,20 +147,15 @@ def accepted_path(tree: TokenTree, future: Sequence[int]) -> list[int]:
     return path
 
 
-def _rejected(
-    tree: TokenTree, path: list[int], text: list[int], position: int, rows: Rows
-) -> list[tuple[tuple[int, int], Any]]:
+def _rows(
+    tree: TokenTree, text: list[int], position: int, rows: Rows
+) -> tuple[list[Any], list[tuple[int, int]]]:
+    """The target's candidates at every node, `None` where unknown, and the nodes' contexts."""
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    found = rows.of(text, position, paths)
     contexts = [(p[-2] if len(p) > 1 else text[position - 1], p[-1]) for p in paths]
-    on_path = set(path)
-    return [
-        (context, row)
-        for node, (context, row) in enumerate(zip(contexts, found, strict=True))
-        if row is not None and node not in on_path
-    ]
+    return list(rows.of(text, position, paths)), contexts
 
 
 def _observe(drafter: TreeDrafter, seen: list[tuple[tuple[int, int], Any]]) -> None:
@@ -265,6 +280,7 @@ def main() -> None:
     parser.add_argument("--arm", required=True, action="append", help="METHOD or NAME=METHOD:JSON")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--limit", type=int, help="requests per temperature")
+    parser.add_argument("--jacobi", action="store_true", help="count Jacobi guesses (one arm)")
     parser.add_argument("--temperature", type=float, action="append")
     options = parser.parse_args()
 
@@ -274,18 +290,21 @@ def main() -> None:
     for temperature in options.temperature or (0.0, 1.0):
         recordings = load(options.recording, temperature, seed=0)[: options.limit]
         results: dict[str, list[Replay]] = {}
+        jacobi = JacobiCount() if options.jacobi else None
         print(f"\n## T={temperature:g}, {options.nodes} nodes\n", flush=True)
         for arm in map(Arm.parse, options.arm):
             drafter = arm.drafter(target, options.nodes)
             rows.asked = rows.known = 0
             results[arm.name] = [
-                replay(drafter, recording, rows, str(i), rejected=arm.rejected)
+                replay(drafter, recording, rows, str(i), rejected=arm.rejected, jacobi=jacobi)
                 for i, recording in enumerate(recordings)
             ]
             rows.save()
             if rows.known < rows.asked:
                 print(f"{arm.name}: {rows.known} of {rows.asked} rejected rows known")
         report(results)
+        if jacobi is not None:
+            print(f"\n{jacobi}")
 
 
 if __name__ == "__main__":
