@@ -197,8 +197,9 @@ def ratio(pairs: Sequence[tuple[Replay, Replay]]) -> float:
     return rate([a for a, _ in pairs]) / rate([b for _, b in pairs])
 
 
-def report(arms: dict[str, list[Replay]], out: Any = sys.stdout) -> None:
-    """A table of the arms, and tokens per step by set."""
+def report(arms: dict[str, list[Replay]], out: Any = None) -> None:
+    """A table of the arms, and tokens per step by set, to `out` or the standard output."""
+    out = out or sys.stdout
     print(
         "| arm | tokens per step [95%] | rows per step | ratio to the first arm [95%] "
         "| drafting us per step |\n|---|---|---|---|---|",

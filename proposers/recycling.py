@@ -20,50 +20,13 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from proposers.merging import WIDTH, compiled, merge_rows
 from proposers.prime import PrimeTable
 from proposers.source import Candidates, VerifiedRows
 
-WIDTH = 8
-"""Successors kept per context."""
-
 NEGLIGIBLE = 0.01
 """Successors up to this probability are not drafted: they never pay for a row."""
-
-
-def merge_topk(
-    old_ids: NDArray[np.int32],
-    old_probs: NDArray[np.float32],
-    new_ids: NDArray[np.int32],
-    new_probs: NDArray[np.float32],
-    decay: float,
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Blend R rows of stored successors with R rows of fresh ones and keep the best `WIDTH`.
-
-    A probability of 0 marks an empty slot. Ties go to the fresh row, then to the lower column.
-
-    Args:
-        old_ids: int32 [R, WIDTH], distinct within a row where the probability is positive.
-        old_probs: float32 [R, WIDTH].
-        new_ids: int32 [R, K], distinct within a row where the probability is positive.
-        new_probs: float32 [R, K].
-        decay: weight of the fresh row, in (0, 1].
-
-    Returns:
-        int32 [R, WIDTH] and float32 [R, WIDTH], by falling probability.
-    """
-    rate = np.where(old_probs.any(axis=1, keepdims=True), np.float32(decay), np.float32(1.0))
-    old = old_probs * (1 - rate)
-    same = (new_ids[:, :, None] == old_ids[:, None, :]) & (new_probs > 0)[:, :, None]
-    new = new_probs * rate + np.where(same, old[:, None, :], np.float32(0)).sum(axis=2)
-    old[same.any(axis=1)] = 0.0
-    ids = np.concatenate([new_ids, old_ids], axis=1)
-    probs = np.concatenate([new, old], axis=1)
-    order = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
-    # Flat indices: np.take_along_axis costs more than the sort at these sizes.
-    order += np.arange(0, probs.size, probs.shape[1])[:, None]
-    return ids.ravel()[order], probs.ravel()[order]
 
 
 class _Table:
@@ -84,16 +47,9 @@ class _Table:
         """Merge in the rows that `row_of` names by key."""
         # A slot claimed twice (more contexts in one step than capacity) keeps its last claim.
         claimed = {self._claim(key): row for key, row in row_of.items()}
-        slot, row = np.array([*claimed.items()], np.int64).T
-        ids, probs = merge_topk(
-            self.ids[slot],
-            self.probs[slot],
-            rows.top_ids[row].astype(np.int32),
-            rows.top_probs[row],
-            decay,
-        )
-        self.ids[slot], self.probs[slot] = ids, probs
-        self._worth[slot] = (probs > self._negligible).sum(axis=1)
+        slots, rows_at = np.array([*claimed.items()], np.int64).T.copy()
+        merge_rows(self.ids, self.probs, slots, rows_at, rows.top_ids, rows.top_probs, decay)
+        self._worth[slots] = (self.probs[slots] > self._negligible).sum(axis=1)
 
     def successors(self, key: int) -> Candidates:
         slot = self._slot_of.get(key)
@@ -141,6 +97,7 @@ class _Recycling(ABC):
             )
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"recycling: decay={decay}; it must be in (0, 1]")
+        compiled()  # now, and not in the first step
         self._capacity = capacity
         self._decay = decay
         self._max_namespaces = max_namespaces

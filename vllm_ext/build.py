@@ -166,8 +166,8 @@ def _grower(
         return Rasd(draft, retrieval, limits, top_k=options.top_k)
     if isinstance(options, DySpecConfig):
         return DySpec(Mixture([*files, *_sources(options.sources, resources)]), limits)
-    own = _sources([method], resources) if method in BUILT_IN else []
-    return DySpec(Mixture([*own, *files]), limits)
+    own = {"suffix_tree": ["suffix"], "copy": ["copy"]}.get(method, [])
+    return DySpec(Mixture([*_sources(own, resources), *files]), limits)
 
 
 def _names(options: TreeConfig) -> list[str]:

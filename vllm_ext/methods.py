@@ -143,7 +143,7 @@ class RasdConfig(TreeConfig):
 
 
 class SuffixConfig(TreeConfig):
-    """Options of ``{"method": "suffix"}``."""
+    """Options of ``{"method": "suffix_tree"}``."""
 
     max_depth: int = _depth(24)
     min_probability: float = _MIN_PROBABILITY
@@ -212,7 +212,8 @@ METHODS: dict[str, Method] = {
             options=RasdConfig,
         ),
         Method(
-            name="suffix",
+            # Not `suffix`: that name is vLLM's own, with its own options.
+            name="suffix_tree",
             summary="continuations of earlier occurrences of the last tokens, in the request's own "
             "text and on demand in past answers",
             paper="SuffixDecoding (arXiv 2411.04975)",

@@ -115,15 +115,15 @@ def test_report_and_command(
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "config.json").write_text('{"vocab_size": 50}')
     command = ["replay", "--model", str(tmp_path), "--recording", str(tmp_path / "r.jsonl")]
-    command += ["--memo-only", "--temperature", "0", "--arm", "suffix", "--arm"]
-    command += ['none=suffix:{"max_depth": 1, "min_probability": 0.99}']
+    command += ["--memo-only", "--temperature", "0", "--arm", "suffix_tree", "--arm"]
+    command += ['none=suffix_tree:{"max_depth": 1, "min_probability": 0.99}']
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     replay.main()
     printed = capsys.readouterr().out
     assert "| none | 1.000 [1.00, 1.00] | 1.00 |" in printed
     assert "2 requests, 10 tokens" in printed
-    suffix = next(line for line in printed.splitlines() if line.startswith("| suffix |"))
+    suffix = next(line for line in printed.splitlines() if line.startswith("| suffix_tree |"))
     assert float(suffix.split("|")[2].split()[0]) > 1.5
 
 

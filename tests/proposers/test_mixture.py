@@ -123,9 +123,8 @@ def test_a_request_leans_on_what_its_own_text_follows(table_source) -> None:
 
 
 def test_a_requests_factors_carry_over_to_other_buckets(table_source) -> None:
-    both = Mixture(
-        [table_source({0: {1: 1.0}, 5: {6: 1.0}}, 1.0), table_source({0: {2: 1.0}}, 1.0)]
-    )
+    first, second = {0: {1: 1.0}, 5: {6: 1.0}}, {0: {2: 1.0}}
+    both = Mixture([table_source(first, 1.0), table_source(second, 1.0)])
     bias = Bias(2)
     before = both.predict([5, 5], greedy=True, bias=bias).probs[6]
     for _ in range(30):

@@ -346,7 +346,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("token_recycling", {}),
         ("aded", {}),
         ("rasd", {"datastore": True, "prime": True, "past_outputs_mib": 1}),
-        ("suffix", {"past_outputs_mib": 1}),
+        ("suffix_tree", {"past_outputs_mib": 1}),
         ("copy", {}),
         ("datastore", {"datastore": True}),
         ("dyspec", {"sources": ["suffix", "copy", "store", "bigram", "failing"], "prime": True}),

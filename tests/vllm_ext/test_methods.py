@@ -52,3 +52,17 @@ def test_every_option_is_documented(method: Any) -> None:
     for field in method.options.model_fields.values():
         assert field.description
         assert not field.is_required() or method.name == "datastore"
+
+
+def test_no_method_of_vllm_is_taken_over() -> None:
+    pytest.importorskip("vllm")
+    from typing import get_args
+
+    from vllm.config import speculative
+
+    def flat(literal: Any) -> set[str]:
+        return {name for arg in get_args(literal) for name in (flat(arg) or {arg})}
+
+    theirs = flat(speculative.SpeculativeMethod)
+    assert "ngram" in theirs  # control: these are the names
+    assert not theirs & set(METHODS)

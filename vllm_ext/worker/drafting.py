@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from proposers.drafter import TreeDrafter
-from proposers.recycling import WIDTH
+from proposers.merging import WIDTH
 from proposers.source import VerifiedRows
 from proposers.tree import TokenTree
 from vllm_ext.request_options import node_cap
