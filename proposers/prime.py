@@ -29,6 +29,7 @@ FORMAT = "vllm-ext-prime"
 VERSION = "1"
 MAX_WIDTH = 64
 _MAX_HEADER = 1 << 16
+_MAX_FILE = 1 << 30
 
 
 class PrimeError(ValueError):
@@ -94,8 +95,10 @@ class PrimeTable:
 
         try:
             metadata = read_metadata(path)
+            if path.stat().st_size > _MAX_FILE:
+                raise PrimeError(f"prime table {path}: larger than {_MAX_FILE} bytes")
             tensors = load(path.read_bytes())
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, PrimeError):
                 raise
             raise PrimeError(f"prime table {path}: cannot be read ({error})") from error

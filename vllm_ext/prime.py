@@ -54,8 +54,8 @@ def load_for_engine(option: str, model_config: Any, download_dir: str | None) ->
         return None
     try:
         return _load(option, model_config, download_dir)
-    except (IdentityError, PrimeError) as error:
-        if option != AUTO or isinstance(error, PrimeError):
+    except (IdentityError, PrimeError, OSError) as error:
+        if option != AUTO or not isinstance(error, IdentityError):
             logger.warning("vllm-ext: drafting starts unprimed: %s", error)
         return None
 

@@ -84,6 +84,23 @@ def test_damage_is_named(path: Path) -> None:
         PrimeTable.load(path.parent / "absent", IDENTITY, VOCAB)
 
 
+def test_a_type_that_numpy_lacks_is_refused(path: Path) -> None:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    old = b'"dtype":"F32","shape":[2,2]'
+    assert old in raw
+    header = raw[8 : 8 + size].replace(old, b'"dtype":"BF16","shape":[2,4]')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    with pytest.raises(PrimeError):
+        PrimeTable.load(path, IDENTITY, VOCAB)
+
+
+def test_a_huge_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proposers.prime._MAX_FILE", path.stat().st_size - 1)
+    with pytest.raises(PrimeError, match="larger than"):
+        PrimeTable.load(path, IDENTITY, VOCAB)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
