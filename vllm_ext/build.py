@@ -16,6 +16,7 @@ from proposers.dyspec import DySpec, DySpecOptions
 from proposers.gate import Gate
 from proposers.grower import Grower
 from proposers.guard import GuardedSource
+from proposers.jacobi import JacobiSource
 from proposers.mixture import Mixture
 from proposers.past import PastSource
 from proposers.prime import PrimeTable
@@ -67,6 +68,7 @@ BUILT_IN: dict[str, Callable[[Resources], Source]] = {
     "trigram": lambda r: TrigramRecycling(_TRIGRAMS),
     "bigram": lambda r: BigramRecycling(r.vocab_size, prime=r.prime),
     "store": lambda r: TrigramStore(r.vocab_size),
+    "jacobi": lambda r: JacobiSource(),
 }
 """Sources that need no file, by the name that options give them."""
 

@@ -81,8 +81,8 @@ class DySpecConfig(TreeConfig):
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],
         min_length=1,
-        description="what is mixed: suffix, copy, trigram, bigram, store, or sources of other "
-        "packages by name; `datastore` and `past_outputs_mib` add theirs",
+        description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
+        "other packages by name; `datastore` and `past_outputs_mib` add theirs",
     )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE

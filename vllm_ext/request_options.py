@@ -20,7 +20,7 @@ _MOST = 1024
 
 
 class RequestOptionError(ValueError):
-    """A request's option is nonsense; vLLM's server answers a ValueError with HTTP 400."""
+    """A request's option is nonsense; the message says what was given and what is allowed."""
 
 
 def node_cap(extra_args: Mapping[str, Any] | None) -> int | None:

@@ -233,7 +233,9 @@ def test_a_request_may_refuse_or_limit_drafts(engines: tuple[Any, Any]) -> None:
     assert drafted() > 1.2
     assert 0 < drafted(max_nodes="1") <= 1
     assert drafted(speculation=False) == 0
-    with pytest.raises(ValueError, match="max_nodes='x'"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="max_nodes='x'"):
         ours.generate(requests, params(extra_args={"max_nodes": "x"}), use_tqdm=False)
 
 

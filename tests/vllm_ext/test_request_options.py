@@ -78,7 +78,9 @@ def test_a_bad_value_is_refused_where_vllm_checks_parameters() -> None:
     register()
     ours, theirs = SimpleNamespace(model=PLACEHOLDER_CLASS), SimpleNamespace(model="other")
     bad = vllm.SamplingParams(extra_args={"max_nodes": "x"})
-    with pytest.raises(ValueError, match="max_nodes='x'"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="max_nodes='x'"):
         bad._validate_spec_decode(ours)
     bad._validate_spec_decode(theirs)  # other methods may give the name another meaning
     vllm.SamplingParams(extra_args={"max_nodes": "3"})._validate_spec_decode(ours)
