@@ -75,7 +75,8 @@ FRONTEND = (
         "sampling-params",
         "vllm.sampling_params:SamplingParams._validate_spec_decode",
         ("self", "speculative_config"),
-        "min_p and logit_bias are exact under our walk; vLLM refuses them under speculation",
+        "min_p and logit_bias are exact under our walk; vLLM refuses them under speculation; and a "
+        "request's own switch and cap are checked where a bad value is the client's error",
         "vLLM asks the proposer which sampling parameters it supports",
     ),
 )
