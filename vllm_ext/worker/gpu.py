@@ -14,7 +14,7 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from proposers.recycling import WIDTH
+from proposers.merging import WIDTH
 from vllm_ext import hooks
 from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host, why_sequential
 from vllm_ext.worker.drafting import Candidates
