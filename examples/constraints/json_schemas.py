@@ -86,7 +86,9 @@ def feed(constraint: Constraint, ids: Sequence[int], eos: int) -> Feed:
 
 
 def outcome_of(
-    compiled: CompiledConstraint, tests: Sequence[dict[str, Any]], encode: Callable[[str], list[int]]
+    compiled: CompiledConstraint,
+    tests: Sequence[dict[str, Any]],
+    encode: Callable[[str], list[int]],
 ) -> list[dict[str, Any]]:
     """Feed every labelled instance of a schema; one plain record per instance."""
     records = []
