@@ -96,8 +96,10 @@ def compile_predicate(
     build = factory or _find(name)
     try:
         predicate = build(argument)
-    except ValueError as error:
-        raise ConstraintError(f"predicate {name!r} refuses its argument: {error}") from error
+    except Exception as error:  # a request must not get further than this on a bug in a factory
+        raise ConstraintError(
+            f"predicate {name!r} refuses its argument: {type(error).__name__}: {error}"
+        ) from error
     key = constraint_key(vocabulary, "predicate", name, argument)
     return CompiledTextConstraint(
         _PredicateLanguage(name, predicate), vocabulary, key, f"predicate {name!r}"

@@ -8,6 +8,7 @@ the models below.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -131,6 +132,11 @@ PREFIXES = tuple(_FAMILIES)
 """What the keys of this package begin with."""
 
 
+def is_ours(key: object) -> bool:
+    """Tell whether a key of ``extra_args`` belongs to this package."""
+    return isinstance(key, str) and key.startswith(PREFIXES)
+
+
 def parse_request(extra_args: Mapping[str, Any] | None) -> Request | None:
     """Read our keys out of a request's extra arguments; ``None`` if there are none.
 
@@ -142,7 +148,7 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> Request | None:
     given: dict[str, dict[str, Any]] = {}
     for key, value in extra_args.items():
         for prefix in _FAMILIES:
-            if key.startswith(prefix):
+            if is_ours(key) and key.startswith(prefix):
                 given.setdefault(prefix, {})[key] = value
     if not given:
         return None
@@ -152,6 +158,12 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> Request | None:
             "different processors; a request may use one of constraint_*, mirostat_*, momentum_*"
         )
     prefix, keys = given.popitem()
+    for key, value in keys.items():
+        for text in (key, value):
+            if isinstance(text, str) and not _encodes(text):
+                raise ConstraintError(
+                    f"{key!a} holds half of a surrogate pair, which is no Unicode text"
+                )
     try:
         request = _FAMILIES[prefix].model_validate(keys)
     except ValidationError as error:
@@ -187,7 +199,23 @@ def _explain(model: type[Request], problem: Any) -> str:
         return f"{name}: unknown key; known are {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return f"{name} is missing; it switches the processor on"
-    return f"{name} given as {problem['input']!r}: {problem['msg'].lower()}"
+    return f"{name} given as {_shown(problem['input'])}: {problem['msg'].lower()}"
+
+
+def _shown(value: Any) -> str:
+    """Return a short form of any value: a message must not grow with what it complains about."""
+    try:
+        return reprlib.repr(value)[:200]
+    except ValueError:  # more digits than Python prints
+        return "a huge integer"
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def table() -> Iterator[tuple[str, str, str, str]]:

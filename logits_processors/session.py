@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from .cars import Cars
+from .constraint import Constraint, ConstraintRuntimeError
 from .mirostat import Mirostat
 from .momentum import Momentum
 from .sampler import Draw, Sampler
@@ -26,6 +27,8 @@ from .trie_sampler import TrieSampler
 
 PLACEHOLDER = -1
 """What an asynchronous engine shows in place of a token that it has not read back yet."""
+
+_MAX_ERROR = 2000  # characters
 
 Outcome: TypeAlias = Literal["complete", "incomplete", "dead_end", "restart", "error"]
 
@@ -76,16 +79,20 @@ class Session(ABC):
 
     Args:
         eos: the token that ends a request which cannot go on.
+
+    Attributes:
+        temperature: what the engine divides its logits by after the edit.
     """
 
     def __init__(self, eos: int) -> None:
+        self.temperature = 1.0
         self.tokens: list[int] = []
         self.error = ""
         self.eos = eos
 
     def fail(self, error: str) -> None:
-        """End the request with an error."""
-        self.error = error
+        """End the request with an error, kept short and fit for any wire."""
+        self.error = error[:_MAX_ERROR].encode(errors="replace").decode()
 
     def choose(self, logits: NDArray[np.floating]) -> Edit:
         """Return the edit of the row ``logits`` ``[V]`` that follows ``tokens``.
@@ -207,13 +214,20 @@ class ConstraintSession(Session):
 
         def visit(parent: int) -> None:
             for node in children.get(parent, ()):
-                if constraint.accept(tokens[node]):
+                if self._accepts(constraint, tokens[node]):
                     keep[node] = True
                     visit(node)
                     constraint.rollback(1)
 
         visit(-1)
         return keep
+
+    @staticmethod
+    def _accepts(constraint: Constraint, token: int) -> bool:
+        try:
+            return constraint.accept(token)
+        except ConstraintRuntimeError:
+            return False  # only a guess failed; the text itself may never come here
 
     @override
     def expected(self) -> list[int]:

@@ -20,7 +20,7 @@ from .awrs import Awrs
 from .bounded import BoundedConstraint
 from .cars import Cars
 from .compilation import Spec, compile_constraint
-from .constraint import CompiledConstraint
+from .constraint import CompiledConstraint, ConstraintError
 from .law import SamplingLaw
 from .limits import DEFAULT_LIMITS, Limits
 from .masking import Masking
@@ -60,7 +60,7 @@ class Asked:
         top_p: of the sampling law.
         seed: the request's own, or ``None``.
         max_tokens: most tokens that the request may generate.
-        prompt: token ids.
+        prompt: token ids; ``None`` for a prompt of embeddings.
     """
 
     request: Request
@@ -69,7 +69,15 @@ class Asked:
     top_p: float
     seed: int | None
     max_tokens: int
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] | None
+
+    @property
+    def named_or_seeded(self) -> bool:
+        """Whether requests that ask for the same are one, or draw the same noise anyway."""
+        request = self.request
+        if self.seed is not None or not isinstance(request, ConstraintRequest):
+            return True
+        return request.constraint_seed is not None or request.constraint_id is not None
 
 
 class Sessions:
@@ -136,18 +144,14 @@ class Sessions:
                 self._records.popitem(last=False)
 
     def pop(self, names: Sequence[str]) -> list[Record]:
-        """Return the records under ``names``, and forget those of finished requests."""
+        """Return the records under ``names``, each once, of running requests as they stand."""
         wanted = set(names)
         done = [key for key, record in self._records.items() if record.id in wanted]
         records = [self._records.pop(key) for key in done]
-        for store in (self._parked, self._running):
-            for key, (_, session) in list(store.items()):
-                if isinstance(session, ConstraintSession) and session.name in wanted:
-                    records.append(session.record())
-                    if store is self._parked:
-                        del store[key]
-                    else:
-                        session.name = ""  # its record is out; leave no second one
+        for _, session in (*self._parked.values(), *self._running.values()):
+            if isinstance(session, ConstraintSession) and session.name in wanted:
+                records.append(session.record())
+                session.name = ""  # its record is out; leave no second one
         return records
 
     @property
@@ -156,11 +160,18 @@ class Sessions:
         return len(self._running) + len(self._parked) + len(self._records)
 
     def _resumed(self, asked: Asked, output: Sequence[int]) -> Session | None:
-        for key, (known, session) in self._parked.items():
-            if known == asked and session.tokens[: len(output)] == list(output):
-                del self._parked[key]
-                return session
-        return None
+        text = list(output)
+        same = [
+            (len(session.tokens) > len(text), key)
+            for key, (known, session) in self._parked.items()
+            if session.tokens[: len(text)] == text and known == asked
+        ]
+        # The engine may have dropped its last tokens. But a longer text can also be that of a
+        # request that was stopped, and two requests must not continue with the same noise.
+        longer, key = min(same, default=(True, -1))
+        if not same or (longer and not asked.named_or_seeded):
+            return None
+        return self._parked.pop(key)[1]
 
     def _new(self, asked: Asked) -> Session:
         request = asked.request
@@ -175,7 +186,7 @@ class Sessions:
             return MirostatSession(core, eos)
         if not isinstance(request, ConstraintRequest):
             return MomentumSession(
-                Momentum(request.momentum_alpha, request.momentum_top_k), asked.prompt, eos
+                Momentum(request.momentum_alpha, request.momentum_top_k), asked.prompt or (), eos
             )
         future = self._compile(request.spec)
         seed = self._seed(request, asked)
@@ -212,6 +223,13 @@ class Sessions:
         self, request: ConstraintRequest, asked: Asked, compiled: CompiledConstraint, seed: int
     ) -> Begun:
         law = SamplingLaw(asked.temperature, asked.top_k, asked.top_p)
+        if asked.prompt is None:
+            raise ConstraintError("constraints need a prompt of tokens, not of embeddings")
+        if request.constraint_prefix > len(asked.prompt):
+            raise ConstraintError(
+                f"constraint_prefix={request.constraint_prefix}: the prompt has only "
+                f"{len(asked.prompt)} tokens"
+            )
         prefix = asked.prompt[len(asked.prompt) - request.constraint_prefix :]
         constraint = compiled.start()
         sampler: Any  # of four kinds, each with its own kind of state

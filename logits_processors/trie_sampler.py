@@ -7,6 +7,7 @@ whose draw is thrown away may belong to an unfinished prompt.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +49,8 @@ class TrieState(State):
 
     Attributes:
         path: the node of each prefix of the text, the empty one first; ``None`` where not stored.
-        promises: for each prefix, ``log c`` at the time its last token was drawn.
+        promises: for each prefix, ``log c`` at the time its last token was drawn; ``inf`` where it
+            was not drawn here, so that CARS, whose law rests on it, begins anew.
         seen: what the last step saw; ``None`` once the trie knows it.
     """
 
@@ -94,7 +96,7 @@ class TrieSampler(Sampler[TrieState]):
         elif node is not None:
             child = node.children.get(token)
         state.path.append(child)
-        state.promises.append(0.0 if seen is None else seen.log_bound(token))
+        state.promises.append(math.inf if seen is None else seen.log_bound(token))
         state.seen = None
         return True
 

@@ -64,6 +64,8 @@ class Vetter:
             ConstraintError: what the compilation raised, or that it ran out of time or memory.
         """
         with self._lock:
+            if self._child is not None and self._child.poll() is not None:
+                self.close()  # it died between two checks, which says nothing about this one
             child = self._child or self._start()
             reply = self._ask(child, {"kind": kind, "source": source}, self._limits.compile_seconds)
         if reply is None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .constraint import ConstraintError, ConstraintRuntimeError
+from .constraint import ConstraintRuntimeError
 from .limits import Limits
-from .request import PREFIXES, parse_request
+from .request import is_ours, parse_request
 from .session import RefusedSession, Session
 from .sessions import Asked, Bounds, Sessions
 from .vocabulary import Vocabulary
@@ -36,7 +36,12 @@ def read_options(vllm_config: Any) -> tuple[Limits, Bounds]:
     Raises:
         ValueError: an unknown option, or a value that is not a positive number.
     """
-    given = dict((vllm_config.additional_config or {}).get(OPTIONS_KEY, {}))
+    options = vllm_config.additional_config
+    given = options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"additional_config[{OPTIONS_KEY!r}] given as {given!r}; a dictionary is allowed"
+        )
     known = {name: type(getattr(cls(), name)) for cls in (Limits, Bounds) for name in vars(cls())}
     for name, value in given.items():
         if name not in known:
@@ -44,7 +49,8 @@ def read_options(vllm_config: Any) -> tuple[Limits, Bounds]:
                 f"additional_config[{OPTIONS_KEY!r}]: unknown option {name!r}; "
                 f"known: {', '.join(known)}"
             )
-        if isinstance(value, bool) or not isinstance(value, int | known[name]) or value <= 0:
+        number = isinstance(value, int | known[name]) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             raise ValueError(
                 f"additional_config[{OPTIONS_KEY!r}][{name!r}] given as {value!r}; "
                 f"a positive {known[name].__name__} is allowed"
@@ -82,7 +88,7 @@ def load_vocabulary(vllm_config: Any) -> Vocabulary:
 
 def wants_processor(params: Any) -> bool:
     """Tell whether vLLM's ``SamplingParams`` hold a key of ours."""
-    return any(key.startswith(PREFIXES) for key in params.extra_args or ())
+    return any(is_ours(key) for key in params.extra_args or ())
 
 
 class Batch:
@@ -118,9 +124,7 @@ class Batch:
         try:
             request = parse_request(params.extra_args)
             assert request is not None
-            if prompt is None:
-                raise ConstraintError("constraints need a prompt of tokens, not of embeddings")
-            longest = max(1, self._max_model_len - len(prompt))
+            longest = max(1, self._max_model_len - len(prompt or ()))
             asked = Asked(
                 request,
                 float(params.temperature),
@@ -128,16 +132,18 @@ class Batch:
                 params.top_p,
                 params.seed,
                 min(params.max_tokens or longest, longest),
-                tuple(prompt),
+                None if prompt is None else tuple(prompt),
             )
-            return self.sessions.open(asked, output)
+            session = self.sessions.open(asked, output)
+            session.temperature = asked.temperature or 1.0
+            return session
         except Exception as error:
             stop = params.eos_token_id
-            session = RefusedSession(
+            refused = RefusedSession(
                 next(iter(params.all_stop_token_ids), 0) if stop is None else stop
             )
-            _fail(session, error)
-            return session
+            _fail(refused, error)
+            return refused
 
     @property
     def sessions(self) -> Sessions:
@@ -147,20 +153,16 @@ class Batch:
                 lambda: load_vocabulary(self._config),
                 eos_ids(self._config),
                 self._config.model_config.model,
-                self._config.instance_id,
+                # The ranks of one engine share it, the engines of a data-parallel group do not.
+                f"{self._config.instance_id} {self._config.parallel_config.data_parallel_index}",
                 self._limits,
                 self._bounds,
             )
         return self._sessions
 
-    @property
-    def started(self) -> bool:
-        """Whether any request has used a processor of ours yet."""
-        return self._sessions is not None
-
     def close(self, session: Session, output: Sequence[int]) -> None:
         """Take a request out of the batch; ``output`` is its text."""
-        self._follow(session, output)
+        self.follow(session, output)
         if not isinstance(session, RefusedSession):
             self.sessions.close(session)
 
@@ -182,7 +184,7 @@ class Batch:
                 dropped = torch.from_numpy(~keep).to(logits.device)
                 logits[row].masked_fill_(dropped, -math.inf)
                 continue
-            forced.append((row, token, log_weight))
+            forced.append((row, token, log_weight * session.temperature))
         if forced:
             at = torch.tensor([row for row, _, _ in forced], device=logits.device)
             tokens = torch.tensor([token for _, token, _ in forced], device=logits.device)
@@ -195,10 +197,23 @@ class Batch:
             logits[at, tokens] = shown
         return logits
 
+    def records(self, texts: Iterable[tuple[Session, Sequence[int]]], names: Sequence[str]) -> Any:
+        """Return and forget the records under ``names``, as plain types.
+
+        Args:
+            texts: the requests in the batch, each with its text so far.
+            names: their ``constraint_id``s.
+        """
+        if self._sessions is None:
+            return []
+        for session, output in texts:
+            self.follow(session, output)
+        return [vars(record) for record in self._sessions.pop(names)]
+
     def _choose(
         self, session: Session, output: Sequence[int], logits: np.ndarray[Any, Any]
     ) -> tuple[int, np.ndarray[Any, Any] | None, float]:
-        if self._follow(session, output):
+        if self.follow(session, output):
             try:
                 edit = session.choose(logits)
                 return edit.token if edit.token is not None else -1, edit.keep, edit.log_weight
@@ -207,7 +222,8 @@ class Batch:
         return session.eos, None, -math.inf
 
     @staticmethod
-    def _follow(session: Session, output: Sequence[int]) -> bool:
+    def follow(session: Session, output: Sequence[int]) -> bool:
+        """Let a session look at its text; ``False`` if that ended it with an error."""
         try:
             session.follow(output)
         except Exception as error:

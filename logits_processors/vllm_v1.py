@@ -36,26 +36,31 @@ class V1Processor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Keep up with which request has which row: removals, additions, moves, in this order."""
+        """Keep up with which request has which row: removals, additions, moves, in this order.
+
+        A request whose row is used again in the same step is not listed as removed. All that leave
+        do so before anybody enters, because one may leave and come back in the same step.
+        """
         if batch_update is None:
             return
+        one_way = MoveDirectionality.UNIDIRECTIONAL
         for row in batch_update.removed:
             self._leave(row)
+        for row, *_ in batch_update.added:
+            self._leave(row)
+        for _, target, direction in batch_update.moved:
+            if direction == one_way:
+                self._leave(target)
         for row, params, prompt, output in batch_update.added:
-            self._leave(row)  # a finished request whose row is used again is not listed as removed
             session = self.batch.open(params, prompt, output)
             if session is not None:
                 self._rows[row] = (session, output)
         for source, target, direction in batch_update.moved:
-            moved = self._rows.pop(source, None)
-            other = self._rows.pop(target, None)
+            moved, other = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
                 self._rows[target] = moved
-            if other is not None:
-                if direction == MoveDirectionality.SWAP:
-                    self._rows[source] = other
-                else:
-                    self.batch.close(*other)
+            if other is not None and direction != one_way:
+                self._rows[source] = other
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Edit the rows ``[requests, V]`` of our requests in place."""
@@ -68,11 +73,7 @@ class V1Processor(LogitsProcessor):
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return and forget the records under ``names``, as plain types."""
-        if not self.batch.started:
-            return []
-        for session, output in self._rows.values():
-            session.follow(output)
-        return [vars(record) for record in self.batch.sessions.pop(names)]
+        return list(self.batch.records(self._rows.values(), names))
 
     def viable(self, row: int, tokens: Sequence[int], parents: Sequence[int]) -> list[bool] | None:
         """Tell which nodes of a draft tree the constraint of ``row`` allows; ``None`` without one.
@@ -85,7 +86,7 @@ class V1Processor(LogitsProcessor):
         session, output = self._rows.get(row, (None, ()))
         if not isinstance(session, ConstraintSession):
             return None
-        session.follow(output)
+        self.batch.follow(session, output)
         return session.viable(tokens, parents)
 
     def _leave(self, row: int) -> None:

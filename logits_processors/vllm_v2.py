@@ -9,7 +9,7 @@ walk along the drafts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -25,30 +25,25 @@ class V2Processor(LogitsProcessor):
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         self.batch = Batch(vllm_config)
         self._requests = req_states
-        self._entered: dict[int, Any] = {}  # slot to sampling parameters, text not yet readable
-        self._sessions: dict[int, Session] = {}
+        self._params: dict[int, Any] = {}  # of our requests, by slot
+        self._sessions: dict[int, Session] = {}  # of those that have drawn a token
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take over a slot; whoever had it before is gone."""
-        self._entered.pop(req_idx, None)
-        left = self._sessions.pop(req_idx, None)
-        if left is not None:
-            self.batch.close(left, left.expected())
+        self._leave(req_idx)
+        self._params.pop(req_idx, None)
         if not wants_processor(sampling_params):
             return False
-        self._entered[req_idx] = sampling_params
+        self._params[req_idx] = sampling_params
         return True
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Edit the rows ``[rows, V]`` of our requests in place."""
-        if not self._entered and not self._sessions:
-            return logits
+        present = set(ctx.idx_mapping_np.tolist())
+        if present.isdisjoint(self._params):
+            return logits  # without having waited for the device
         slots = ctx.expanded_idx_mapping.tolist()
-        ours = [
-            r for r, slot in enumerate(slots) if slot in self._entered or slot in self._sessions
-        ]
-        if not ours:
-            return logits
+        ours = [row for row, slot in enumerate(slots) if slot in self._params]
         offsets = ctx.expanded_local_pos.tolist()
         positions = ctx.pos.tolist()
         fed = ctx.input_ids.tolist()
@@ -65,7 +60,7 @@ class V2Processor(LogitsProcessor):
                 if positions[root] + 1 < int(self._requests.prefill_len.np[slot]):
                     continue  # an unfinished prompt: its draw is thrown away
                 if offset == 0:
-                    texts[slot] = self._text(slot, positions[root] + 1)
+                    texts[slot] = self._text(slot, positions[root] + 1, present)
                 else:
                     chosen = self._sessions[slot].expected()[-1:]
                     on_path[slot] = on_path[slot] and chosen == [fed[row]]
@@ -78,19 +73,24 @@ class V2Processor(LogitsProcessor):
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return and forget the records under ``names``, as plain types."""
-        if not self.batch.started:
-            return []
-        for session in self._sessions.values():
-            session.follow(session.expected())
-        return [vars(record) for record in self.batch.sessions.pop(names)]
+        texts = [(session, session.expected()) for session in self._sessions.values()]
+        return list(self.batch.records(texts, names))
 
-    def _text(self, slot: int, length: int) -> list[int]:
+    def _text(self, slot: int, length: int, present: Set[int]) -> list[int]:
         """Return the output tokens of ``slot``, and open its session if it has none yet."""
-        tokens = self._requests.all_token_ids.gpu[slot, :length].tolist()
+        tokens = self._requests.all_token_ids.gpu[slot, :length]
         start = int(self._requests.prompt_len.np[slot])
-        params = self._entered.pop(slot, None)
-        if params is not None:
-            session = self.batch.open(params, tokens[:start], tokens[start:])
+        output: list[int] = tokens[start:].tolist()
+        if slot not in self._sessions:
+            if output:  # resumed, perhaps before its old slot is used again
+                for absent in self._sessions.keys() - present:
+                    self._leave(absent)
+            session = self.batch.open(self._params[slot], tokens[:start].tolist(), output)
             assert session is not None
             self._sessions[slot] = session
-        return list(tokens[start:])
+        return output
+
+    def _leave(self, slot: int) -> None:
+        left = self._sessions.pop(slot, None)
+        if left is not None:
+            self.batch.close(left, left.expected())

@@ -82,20 +82,6 @@ FRONTEND = (
 
 WORKER = (
     Hook(
-        "worker-cpu",
-        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
-        ("self",),
-        "our CPU worker puts the runner subclass in place while this runs",
-        "CPUWorker builds its runner through _make_model_runner(), as the GPU worker does",
-    ),
-    Hook(
-        "runner-cpu",
-        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
-        ("self", "vllm_config", "device"),
-        "base class of the CPU runner",
-        _PLUGGABLE,
-    ),
-    Hook(
         "prepare-inputs",
         f"{_RUNNER}._prepare_inputs",
         ("self", "scheduler_output", "num_scheduled_tokens"),
@@ -181,6 +167,31 @@ WORKER = (
         "stays: it is called by the runner on what we return",
     ),
     Hook(
+        "register-backend",
+        "vllm.v1.attention.backends.registry:register_backend",
+        ("backend", "class_path"),
+        "official door: puts tree-aware backends in place of the stock ones in our worker only",
+        "stays: it is an official door",
+    ),
+)
+"""Touched by every worker."""
+
+CPU = (
+    Hook(
+        "worker-cpu",
+        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        ("self",),
+        "our CPU worker puts the runner subclass in place while this runs",
+        "CPUWorker builds its runner through _make_model_runner(), as the GPU worker does",
+    ),
+    Hook(
+        "runner-cpu",
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
+        ("self", "vllm_config", "device"),
+        "base class of the CPU runner",
+        _PLUGGABLE,
+    ),
+    Hook(
         "cpu-attention",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
@@ -194,14 +205,89 @@ WORKER = (
         "accepted nodes are written to their final slots by the backend's own writer",
         "stays: it is called, not changed",
     ),
+)
+"""Touched by the CPU worker only."""
+
+CUDA = (
     Hook(
-        "register-backend",
-        "vllm.v1.attention.backends.registry:register_backend",
-        ("backend", "class_path"),
-        "official door: puts the tree-aware backend in place of CPU_ATTN in our worker only",
-        "stays: it is an official door",
+        "worker-cuda",
+        "vllm.v1.worker.gpu_worker:Worker._make_model_runner",
+        ("self",),
+        "official hook: our CUDA worker returns its runner subclass",
+        "stays: it is a documented hook",
+    ),
+    Hook(
+        "cuda-graphs",
+        f"{_RUNNER}._determine_batch_execution_and_padding",
+        ("self", "num_tokens", "num_reqs", "force_uniform_decode"),
+        "a step with branching trees must not replay a CUDA graph that holds the stock attention",
+        "vLLM lets attention metadata veto full CUDA graphs",
+    ),
+    Hook(
+        "backend-classes",
+        "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class",
+        ("self",),
+        "vLLM resolves a backend's class by the path that we register",
+        "stays: it is called by vLLM on what we register",
+    ),
+    Hook(
+        "flash-attention",
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        "decoding rows of a step with branching trees go to the Triton kernel",
+        "vLLM's kernels take a mask per request",
+    ),
+    Hook(
+        "flash-kv-write",
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "accepted nodes are written to their final slots by the backend's own writer",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "triton-attention",
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        "as flash-attention",
+        "vLLM's kernels take a mask per request",
+    ),
+    Hook(
+        "triton-kv-write",
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "as flash-kv-write",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "metadata-builder",
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata"),
+        "the start-up self-test runs the stock kernel on metadata of its own",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "top-k-top-p",
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        ("logits", "k", "p"),
+        "the walk on the device filters rows as the Sampler does",
+        "vLLM's Sampler takes its noise as an argument",
+    ),
+    Hook(
+        "temperature",
+        "vllm.v1.sample.sampler:Sampler.apply_temperature",
+        ("logits", "temp", "all_random"),
+        "the walk on the device scales rows as the Sampler does",
+        "vLLM's Sampler takes its noise as an argument",
+    ),
+    Hook(
+        "greedy",
+        "vllm.v1.sample.sampler:Sampler.greedy_sample",
+        ("logits",),
+        "the walk on the device breaks ties as the Sampler does",
+        "vLLM's Sampler takes its noise as an argument",
     ),
 )
+"""Touched by the CUDA worker only."""
 
 CONSTRAINTS = (
     Hook(
@@ -221,7 +307,7 @@ CONSTRAINTS = (
     ),
 )
 
-ALL = FRONTEND + WORKER + CONSTRAINTS
+ALL = FRONTEND + WORKER + CPU + CUDA + CONSTRAINTS
 
 
 def resolve(target: str) -> Any:

@@ -77,13 +77,13 @@ class _Costs:
     restarts: int = 0
 
 
-def sampler_of(method: str, law: SamplingLaw) -> Sampler[Any]:
-    """Return a fresh sampler; ASAp and CARS begin with an empty trie."""
+def sampler_of(method: str, law: SamplingLaw, trie: PrefixTrie) -> Sampler[Any]:
+    """Return a sampler; only ASAp and CARS use the trie."""
     if method == "masking":
         return Masking(law)
     if method == "awrs":
         return Awrs(law)
-    return (Asap if method == "asap" else Cars)(law, PrefixTrie())
+    return (Asap if method == "asap" else Cars)(law, trie)
 
 
 def _attempt(
@@ -149,7 +149,7 @@ def populations(toy: Toy, count: int, seed: int, costs: _Costs | None = None) ->
 
 
 def _one_by_one(method: str, toy: Toy, count: int, seed: int) -> Run:
-    sampler, costs = sampler_of(method, toy.law), _Costs()
+    sampler, costs = sampler_of(method, toy.law, PrefixTrie()), _Costs()
     drawn = [single(toy, sampler, seed + i, costs) for i in range(count)]
     return _run(toy, [(tokens, log_weight) for tokens, log_weight, _ in drawn], costs)
 

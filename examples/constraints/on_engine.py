@@ -11,6 +11,7 @@ from methods import Toy, populations, sampler_of, single
 from numpy.typing import NDArray
 
 from logits_processors.compilation import Spec
+from logits_processors.prefix_trie import PrefixTrie
 
 METHODS = ("masking", "awrs", "asap", "cars")
 
@@ -20,8 +21,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Draw ``count`` texts per method by vLLM and by the cores; plain types, a row per method.
 
-    One text at a time, because a trie learns in the order in which texts are drawn. The law of
-    ``toy`` must have top_k and top_p off.
+    One text at a time, because a trie learns in the order in which texts are drawn; ASAp and CARS
+    share it, as in the engine. The law of ``toy`` must have top_k and top_p off.
     """
     from vllm import LLM, SamplingParams
 
@@ -29,9 +30,9 @@ def compare(
 
     llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=256, disable_log_stats=True)
     longest = max(map(len, toy.language.texts))
-    found = []
+    found, trie = [], PrefixTrie()
     for method in METHODS:
-        sampler = sampler_of(method, toy.law)
+        sampler = sampler_of(method, toy.law, trie)
         theirs, ours = [], []
         for i in range(count):
             keys = {
@@ -79,21 +80,3 @@ def _agreement(
         "attempts": sum(a[2] for a in theirs),
         "largest_log_weight_difference": float(weights.max(initial=0.0)),
     }
-
-
-def engine_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the comparison as Markdown."""
-    lines = [
-        "## Engine and cores, same seeds",
-        "",
-        "| | texts | same tokens | attempts (same) | largest difference of a log weight |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['method']} | {row['texts']} | {row['same_texts']} "
-            f"| {row['attempts']} ({row['same_attempts']} of {row['texts']} texts) "
-            f"| {row['largest_log_weight_difference']:.1e} |"
-            for row in rows
-        ),
-        "",
-    ]
-    return "\n".join(lines)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The toy's numbers as Markdown tables and as a picture."""
+"""The toy's numbers as Markdown tables and as a picture.
+
+python examples/constraints/report.py toy.json --markdown toy.md --plot toy.png
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 STYLES = {
     "masking": ("tab:red", "--"),
@@ -20,6 +26,26 @@ STYLES = {
 }
 SHOWN_COUNTS = 5
 SHOWN_TEXTS = 6
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return all of a result as Markdown."""
+    environment, settings = result["environment"], result["settings"]
+    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
+    parts = [
+        "# Sampling a finite language",
+        "",
+        f"{settings['model']}, {settings['dtype']}, temperature {settings['temperature']}, "
+        f"{'chat template' if settings['chat'] else 'plain prompt'}, seed {settings['seed']}; "
+        f"{environment['cpu']}, {versions}; commit {environment['git_commit']}.",
+        "",
+        f"`{' '.join(environment['command'])}`",
+        "",
+        *map(table, result["studies"]),
+    ]
+    if "engine" in result:
+        parts.append(engine_table(result["engine"]))
+    return "\n".join(parts)
 
 
 def table(study: dict[str, Any]) -> str:
@@ -89,6 +115,24 @@ def table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engine_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the comparison as Markdown."""
+    lines = [
+        "## Engine and cores, same seeds",
+        "",
+        "| | texts | same tokens | attempts (same) | largest difference of a log weight |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['method']} | {row['texts']} | {row['same_texts']} "
+            f"| {row['attempts']} ({row['same_attempts']} of {row['texts']} texts) "
+            f"| {row['largest_log_weight_difference']:.1e} |"
+            for row in rows
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def draw(study: dict[str, Any], path: Path) -> None:
     """Draw divergence against the number of samples.
 
@@ -118,9 +162,31 @@ def draw(study: dict[str, Any], path: Path) -> None:
         yscale="log",
         xlabel="number of samples",
         ylabel="KL(truth, estimate), nats",
-        title=f"{len(study['texts'])} texts, probability of the constraint {study['mass']:.2g}; "
-        f"median and range of {study['repetitions']}",
+        title=f"{len(study['texts'])} texts; probability of the constraint {study['mass']:.2g}\n"
+        f"median and range of {study['repetitions']} repetitions",
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def main(
+    result: Annotated[Path, typer.Argument(help="JSON that toy.py has written.")],
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture of the first task.")] = None,
+) -> None:
+    """Render a result again."""
+    known = json.loads(result.read_text(encoding="utf-8"))
+    write(known, markdown, plot)
+
+
+def write(result: dict[str, Any], markdown: Path | None, plot: Path | None) -> None:
+    """Write what is wanted of a result."""
+    if markdown:
+        markdown.write_text(page(result), encoding="utf-8")
+    if plot:
+        draw(result["studies"][0], plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -25,7 +25,7 @@ from divergence import curve, kl, noise_floor, weight_summary
 from language import Prefix, enumerate_language
 from methods import DEAD, METHODS, Run, Toy
 from numpy.typing import NDArray
-from report import draw, table
+from report import engine_table, table, write
 
 from logits_processors.law import SamplingLaw
 from logits_processors.vocabulary import Vocabulary
@@ -185,7 +185,7 @@ def main(
         "studies": studies,
     }
     if engine:
-        from on_engine import compare, engine_table
+        from on_engine import compare
 
         result["engine"] = compare(
             model, dtype, prompts[0], chosen[0]["grammar_ebnf"], toys[0], engine, seed
@@ -193,13 +193,7 @@ def main(
         typer.echo(engine_table(result["engine"]))
     if json_path:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if markdown:
-        text = "\n".join(map(table, studies))
-        if engine:
-            text += "\n" + engine_table(result["engine"])
-        markdown.write_text(text, encoding="utf-8")
-    if plot:
-        draw(studies[0], plot)
+    write(result, markdown, plot)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def test_errors_come_back(vetter):
         vetter.check("yaml", "a")
 
 
+def test_a_child_that_died_in_between_is_replaced(vetter):
+    vetter.check("regex_partial", "a")
+    vetter._child.kill()
+    vetter._child.wait()
+    vetter.check("regex_partial", "b")
+
+
 @pytest.mark.parametrize(
     ("kind", "source"),
     [

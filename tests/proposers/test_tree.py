@@ -97,3 +97,22 @@ def test_chain_and_empty() -> None:
 def test_validate_names_the_broken_rule(tree: TokenTree, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tree.validate()
+
+
+@given(trees(), st.data())
+def test_pruning_keeps_paths(tree: TokenTree, data: st.DataObject) -> None:
+    keep: list[bool] = []
+    for parent in tree.parents:
+        keep.append(data.draw(st.booleans()) and (parent == ROOT or keep[parent]))
+    pruned = tree.pruned(keep)
+    pruned.validate()
+    kept = [node for node, wanted in enumerate(keep) if wanted]
+    texts = [[pruned.tokens[n] for n in path(pruned, node)] for node in range(len(pruned))]
+    assert texts == [[tree.tokens[n] for n in path(tree, node)] for node in kept]
+    assert pruned.probs == tuple(tree.probs[node] for node in kept)
+    assert (pruned is tree) is all(keep)
+
+
+def test_pruning_an_inner_node_alone_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        TokenTree.chain([1, 2], [0.5, 0.4]).pruned([False, True])

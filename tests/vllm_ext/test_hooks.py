@@ -81,6 +81,26 @@ ANCHORS = [
     ),
     # worker_cls is replaced only while it is "auto".
     ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", 'worker_cls == "auto"'),
+    # On CUDA: graphs are chosen after the step's trees are known, before metadata is built; the GPU
+    # worker builds its runner by the hook; attention metadata is built per layer name.
+    (f"{RUNNER}.execute_model", ") = self._determine_batch_execution_and_padding("),
+    (f"{RUNNER}._determine_batch_execution_and_padding", "force_uniform_decode=force_uniform"),
+    (
+        "vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner",
+        "self._make_model_runner()",
+    ),
+    (f"{RUNNER}._build_attention_metadata", ".get_device_tensor(num_reqs_padded)"),
+    # The walk on the device draws as the sampler does on a GPU: softmax over exponential noise, one
+    # row of it per request, from the request's own generator.
+    (
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        "logits.softmax(dim=-1",
+    ),
+    ("vllm.v1.sample.ops.topk_topp_sampler:random_sample", "q[i].exponential_(generator=gen"),
+    ("vllm.v1.sample.ops.topk_topp_sampler:random_sample", "if len(generators) != probs.shape[0]:"),
+    ("vllm.v1.sample.sampler:Sampler.sample", "if sampling_metadata.all_greedy:"),
+    # Bookkeeping reads the tokens on the host, wherever we leave them.
+    ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "output_token_ids.cpu()"),
     # The sampler reads history, not drafts, unless it samples a bonus token.
     ("vllm.v1.sample.sampler:Sampler.apply_logits_processors", "if predict_bonus_token and"),
 ]

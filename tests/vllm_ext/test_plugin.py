@@ -92,7 +92,7 @@ def test_proposers_and_cores_import_no_vllm() -> None:
         "import sys, pkgutil, importlib, proposers, logits_processors\n"
         "for p in (proposers, logits_processors):\n"
         "    for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
-        "        if 'adaptor' not in m.name: importlib.import_module(m.name)\n"
+        "        if '.vllm_' not in m.name: importlib.import_module(m.name)\n"
         "assert not any(m == 'vllm' or m.startswith('vllm.') for m in sys.modules)"
     )
     done = run(code)
@@ -123,3 +123,39 @@ def test_an_untested_vllm_warns(
         monkeypatch.setattr(vllm, "__version__", "9.9.1")
         plugin.warn_if_untested()
     assert "9.9.1" in caplog.text
+
+
+def test_constraints_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from logits_processors.vllm_entry import LogitsProcessor
+    from vllm_ext.constraints.records import RPC
+
+    monkeypatch.setattr(LogitsProcessor, "admission", False)
+    plugin.register()
+    assert LogitsProcessor.admission is True
+    assert callable(getattr(WorkerBase, RPC))
+    assert all(report.ok for report in hooks.check(hooks.CONSTRAINTS))
+    assert set(hooks.CONSTRAINTS) <= set(hooks.ALL)
+
+
+def test_constraints_are_off_where_vllm_has_moved_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from logits_processors.vllm_entry import LogitsProcessor
+
+    gone = hooks.Hook("gone", "vllm.v1.worker.worker_base:Nothing", None, "x", "y")
+    monkeypatch.setattr(hooks, "CONSTRAINTS", (gone,))
+    monkeypatch.setattr(LogitsProcessor, "admission", False)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR, logger="vllm.vllm_ext"):
+        plugin.register()
+    assert "constraints are off" in caplog.text
+    with pytest.raises(VLLMValidationError, match="plugin is not active"):
+        LogitsProcessor.validate_params(SamplingParams(extra_args={"constraint_regex": "a"}))
+
+
+def test_the_entry_points_of_constraints_resolve() -> None:
+    for group in ("vllm.logits_processors", "vllm.endpoint_plugins"):
+        for entry in entry_points(group=group).select(name="vllm_ext"):
+            assert isinstance(entry.load(), type)

@@ -3,22 +3,34 @@
 
 vLLM asks each processor class to validate the parameters of a request, but tells it neither the
 model nor the configuration. So the validator that the front end builds is extended by one that
-knows both: it compiles each new constraint once, in a child process that can be killed.
+knows both: it compiles each new constraint once, in a child process that can be killed. Several
+children work side by side, so that a slow constraint does not hold up the next.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import hashlib
+import json
 from collections import OrderedDict
-from threading import Lock
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from threading import Lock, local
 from typing import Any
 
 from logits_processors.compilation import Spec
-from logits_processors.constraint import ConstraintError
-from logits_processors.request import ConstraintRequest, Request
+from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
+from logits_processors.request import ConstraintRequest, Request, parse_request
+
+ATTRIBUTE = "vllm_ext_admission"
+"""Where vLLM's ``InputProcessor`` holds its :class:`Admission`."""
 
 _MARK = "_vllm_ext_wrapped"
 _REMEMBERED = 1024
+_CHILDREN = 4
+_PATIENCE = 60.0  # seconds, on top of two compilations: a child may have to be started first
+_MAX_VERDICT = 2000  # characters
 
 
 def install() -> None:
@@ -36,6 +48,7 @@ def install() -> None:
     def build(self: Any) -> Any:
         stock = original(self)
         admission = Admission(self.vllm_config)
+        setattr(self, ATTRIBUTE, admission)
 
         def validate(params: Any) -> None:
             stock(params)
@@ -62,10 +75,13 @@ class Admission:
 
         self._config = vllm_config
         self._limits, _ = read_options(vllm_config)
+        self._patience = _PATIENCE + 2 * self._limits.compile_seconds
         self._lock = Lock()
-        self._vetter: Any = None
+        self._threads = ThreadPoolExecutor(_CHILDREN, thread_name_prefix="vllm-ext-admission")
+        self._own = local()  # of each thread: its child process
+        self._loading = Lock()
         self._vocabulary: Any = None
-        self._verdicts: OrderedDict[Spec, str] = OrderedDict()
+        self._verdicts: OrderedDict[str, Future[str]] = OrderedDict()
 
     def check(self, params: Any) -> None:
         """Return if the request can be served as it is.
@@ -75,7 +91,6 @@ class Admission:
         """
         from vllm.exceptions import VLLMValidationError
 
-        from logits_processors.request import parse_request
         from logits_processors.vllm_batch import wants_processor
 
         if not wants_processor(params):
@@ -86,11 +101,36 @@ class Admission:
         if problem:
             raise VLLMValidationError(problem, parameter="extra_args")
         if isinstance(request, ConstraintRequest):
-            verdict = self._verdict(request.spec)
+            parameter = f"extra_args.constraint_{request.spec.kind}"
+            try:
+                verdict = self._verdict(request.spec).result(self._patience)
+            except (TimeoutError, CancelledError):
+                verdict = _BUSY
             if verdict:
-                raise VLLMValidationError(
-                    verdict, parameter=f"extra_args.constraint_{request.spec.kind}"
-                )
+                raise VLLMValidationError(verdict, parameter=parameter)
+
+    async def prepare(self, arguments: Mapping[str, Any]) -> None:
+        """Reach the verdict on a request's constraint without blocking the event loop.
+
+        vLLM's API server validates on the event loop; there :meth:`check` then has nothing to wait
+        for.
+
+        Args:
+            arguments: the request's extra arguments; bad ones are left to the validation.
+
+        Raises:
+            TimeoutError: too many other constraints are being compiled.
+        """
+        try:
+            request = parse_request(arguments)
+        except ConstraintError:
+            return
+        if isinstance(request, ConstraintRequest):
+            verdict = asyncio.wrap_future(self._verdict(request.spec))
+            done, _ = await asyncio.wait([verdict], timeout=self._patience)
+            if not done or verdict.cancelled():
+                raise TimeoutError(_BUSY)
+            verdict.exception()  # for :meth:`check` to raise, if there is one
 
     def _engine_problem(self, request: Request) -> str:
         """Say why this engine cannot serve the request, or nothing."""
@@ -117,35 +157,53 @@ class Admission:
             )
         return ""
 
-    def _verdict(self, spec: Spec) -> str:
+    def _verdict(self, spec: Spec) -> Future[str]:
         """Return what is wrong with a constraint, ``""`` if nothing; remembered."""
+        from logits_processors.limits import check_source
+
+        text = json.dumps([spec.kind, spec.source, spec.argument])
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         with self._lock:
-            known = self._verdicts.get(spec)
-        if known is not None:
-            return known
-        try:
-            self._vet(spec)
-            verdict = ""
-        except ConstraintError as error:
-            verdict = str(error)
-        with self._lock:
-            self._verdicts[spec] = verdict
+            verdict = self._verdicts.get(key)
+            if verdict is None or _broken(verdict):
+                try:
+                    check_source(spec.source, spec.kind, self._limits)
+                    verdict = self._threads.submit(self._vet, spec)
+                except ConstraintError as error:
+                    verdict = Future()
+                    verdict.set_result(str(error))
+                self._verdicts[key] = verdict
+            self._verdicts.move_to_end(key)
             if len(self._verdicts) > _REMEMBERED:
-                self._verdicts.popitem(last=False)
+                self._verdicts.popitem(last=False)[1].cancel()
         return verdict
 
-    def _vet(self, spec: Spec) -> None:
+    def _vet(self, spec: Spec) -> str:
         from logits_processors.compilation import compile_constraint
-        from logits_processors.limits import check_source
         from logits_processors.vetting import Vetter
         from logits_processors.vllm_batch import load_vocabulary
 
-        check_source(spec.source, spec.kind, self._limits)
-        with self._lock:
+        with self._loading:
             if self._vocabulary is None:
                 self._vocabulary = load_vocabulary(self._config)
-                self._vetter = Vetter(self._vocabulary, self._limits)
-        if spec.kind == "predicate":
-            compile_constraint(spec, self._vocabulary, self._limits)
-        else:
-            self._vetter.check(spec.kind, spec.source)
+        try:
+            if spec.kind == "predicate":
+                compile_constraint(spec, self._vocabulary, self._limits)
+            else:
+                if not hasattr(self._own, "vetter"):
+                    self._own.vetter = Vetter(self._vocabulary, self._limits)
+                self._own.vetter.check(spec.kind, spec.source)
+        except (ConstraintError, ConstraintRuntimeError) as error:
+            return str(error)[:_MAX_VERDICT]
+        return ""
+
+
+def _broken(verdict: Future[str]) -> bool:
+    """Tell whether no verdict was reached, through no fault of the constraint."""
+    return verdict.done() and (verdict.cancelled() or verdict.exception() is not None)
+
+
+_BUSY = (
+    "too many constraints are waiting to be compiled; send the request again in a while, or "
+    "constraints that are simpler"
+)

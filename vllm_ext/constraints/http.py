@@ -9,6 +9,7 @@ models, so the field is added on the wire, in a middleware that leaves all other
 from __future__ import annotations
 
 import json
+import logging
 import math
 import uuid
 from argparse import Namespace
@@ -16,13 +17,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logits_processors.request import PREFIXES
 from logits_processors.session import Record
+from vllm_ext.constraints.admission import ATTRIBUTE
 from vllm_ext.constraints.records import RPC, merge_replies
 
+logger = logging.getLogger("vllm.vllm_ext")
+
 _PATHS = ("/v1/completions", "/v1/chat/completions")
+_DATA = b"data: "
 _DONE = b"data: [DONE]"
 
 
@@ -79,40 +85,71 @@ class ConstraintField:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["path"] not in _PATHS or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in _PATHS:
             await self._app(scope, receive, send)
             return
-        body = await _read(receive)
-        name, body = _named(body)
-        replay = _replay(body, receive)
-        if name is None:
-            await self._app(scope, replay, send)
+        messages = await _read(receive)
+        body = b"".join(message.get("body", b"") for message in messages)
+        request = _constrained(body)
+        if request is None:
+            await self._app(scope, _replay(messages, receive), send)
             return
-        # The length of the body may have changed with the name.
-        headers = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
         engine = scope["app"].state.vllm_ext_engine
+        refusal = await _refusal(request, engine)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        name = request["vllm_xargs"].get("constraint_id")
+        if name is None:
+            name = request["vllm_xargs"]["constraint_id"] = uuid.uuid4().hex
+            body = json.dumps(request).encode()
+            messages = [{"type": "http.request", "body": body, "more_body": False}]
+            scope = {**scope, "headers": _with_length(scope["headers"], body)}
         writer = _Writer(send, engine, name)
-        await self._app({**scope, "headers": headers}, replay, writer.send)
+        await self._app(scope, _replay(messages, receive), writer.send)
 
 
-def _named(body: bytes) -> tuple[str | None, bytes]:
-    """Return the request's id, made up if it has none, and the body with it.
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
-    ``None`` for what is not a constrained request, whose body stays as it is.
-    """
+
+def _constrained(body: bytes) -> dict[str, Any] | None:
+    """Return a constrained request, ``None`` for any other, about which vLLM knows better."""
+    if PREFIXES[0].encode() not in body:
+        return None
     try:
         request = json.loads(body)
         arguments = request["vllm_xargs"]
         ours = any(key.startswith(PREFIXES[0]) for key in arguments)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None, body  # vLLM says what is wrong with it
-    if not ours:
-        return None, body
-    name = arguments.setdefault("constraint_id", uuid.uuid4().hex)
-    if not isinstance(name, str):
-        return None, body
-    return name, json.dumps(request).encode()
+        named = isinstance(arguments.get("constraint_id", ""), str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return request if ours and named else None
+
+
+async def _refusal(request: dict[str, Any], engine: Any) -> JSONResponse | None:
+    """Return the answer to a request that must not reach vLLM, ``None`` for all others."""
+    if request.get("use_beam_search"):
+        # vLLM drops the extra arguments of a beam search without a word.
+        message = "a beam search takes no constraint; leave one of the two out"
+        return _error(400, "BadRequestError", "use_beam_search", message)
+    admission = getattr(getattr(engine, "input_processor", None), ATTRIBUTE, None)
+    if admission is not None:
+        try:
+            await admission.prepare(request["vllm_xargs"])
+        except TimeoutError as error:
+            return _error(503, "ServiceUnavailableError", "vllm_xargs", str(error))
+    return None
+
+
+def _error(code: int, kind: str, parameter: str, message: str) -> JSONResponse:
+    error = {"message": message, "type": kind, "param": parameter, "code": code}
+    return JSONResponse({"error": error}, code)
+
+
+def _with_length(headers: Any, body: bytes) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name != b"content-length"]
+    return [*kept, (b"content-length", str(len(body)).encode())]
 
 
 class _Writer:
@@ -122,81 +159,81 @@ class _Writer:
         self._send = send
         self._engine = engine
         self._name = name
-        self._start: Message | None = None
-        self._body = b""
+        self._start: Message | None = None  # held back, because the length will change
         self._streams = False
-        self._last: dict[str, Any] = {}
+        self._body = b""  # of an answer so far, or the unfinished line of a stream
+        self._last = b"{}"  # event of a stream
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = dict(message["headers"])
-            self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if self._streams or message["status"] != 200:
-                await self._send(message)
-            else:
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._streams = kind.startswith(b"text/event-stream")
+            if message["status"] == 200 and kind.startswith(b"application/json"):
                 self._start = message
-        elif message["type"] != "http.response.body":
-            await self._send(message)
-        elif self._streams:
-            await self._send({**message, "body": await self._event(message.get("body", b""))})
-        elif self._start is None:
-            await self._send(message)
-        else:
+            else:
+                await self._send(message)
+        elif message["type"] == "http.response.body" and self._streams:
+            await self._send({**message, "body": await self._lines(message)})
+        elif message["type"] == "http.response.body" and self._start is not None:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
-                await self._finish()
+                await self._finish(self._start)
+        else:
+            await self._send(message)
 
-    async def _event(self, chunk: bytes) -> bytes:
-        """Put an event with the field before the one that ends the stream."""
-        before, done, after = chunk.partition(_DONE)
-        for line in before.splitlines():
-            if line.startswith(b"data: {"):
-                try:
-                    self._last = json.loads(line[len(b"data: ") :])
-                except ValueError:
-                    continue  # an event cut in two by the transport
-        if not done:
-            return chunk
-        shared = {k: v for k, v in self._last.items() if k in ("id", "object", "created", "model")}
-        event = {**shared, "choices": [], "constraint": await self._field()}
-        added = b"data: " + json.dumps(event).encode() + b"\n\n"
-        return bytes(before + added + done + after)
+    async def _lines(self, message: Message) -> bytes:
+        """Return the whole lines of a stream, an event with the field before the one that ends it.
 
-    async def _finish(self) -> None:
-        assert self._start is not None
+        Transports cut events anywhere, and generated text may hold anything but a line break.
+        """
+        lines = (self._body + message.get("body", b"")).splitlines(keepends=True)
+        more = message.get("more_body", False)
+        self._body = lines.pop() if more and lines and not lines[-1].endswith(b"\n") else b""
+        written = []
+        for line in lines:
+            if line.rstrip() == _DONE:
+                last = json.loads(self._last)
+                kept = {key: last[key] for key in _SHARED if key in last}
+                event = {**kept, "choices": [], "constraint": await self._field()}
+                written.append(_DATA + json.dumps(event).encode() + b"\n\n")
+            elif line.startswith(_DATA + b"{"):
+                self._last = line[len(_DATA) :]
+            written.append(line)
+        return b"".join(written)
+
+    async def _finish(self, start: Message) -> None:
         answer = json.loads(self._body)
         answer["constraint"] = await self._field()
         body = json.dumps(answer).encode()
-        headers = [(k, v) for k, v in self._start["headers"] if k != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._send({**self._start, "headers": headers})
+        await self._send({**start, "headers": _with_length(start["headers"], body)})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _field(self) -> list[dict[str, Any]]:
-        found = await _fetch(self._engine, [self._name])
+    async def _field(self) -> list[dict[str, Any]] | None:
+        """Return the field; ``None`` if it could not be fetched, which must not cost the text."""
+        try:
+            found = await _fetch(self._engine, [self._name])
+        except Exception:
+            logger.exception("vllm-ext: the results of a constrained request are lost")
+            return None
         return [as_json(record) for record in found[self._name]]
 
 
-async def _read(receive: Receive) -> bytes:
-    body: bytes = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return body
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            return body
+_SHARED = ("id", "object", "created", "model")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives ``body`` first and then what really comes (a hang-up)."""
-    given = False
+async def _read(receive: Receive) -> list[Message]:
+    """Return the messages of a request's body, or those up to the moment the client hung up."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        messages.append(await receive())
+    return messages
+
+
+def _replay(messages: Sequence[Message], receive: Receive) -> Receive:
+    """Return a ``receive`` that gives ``messages`` first and then what really comes (a hang-up)."""
+    waiting = list(messages)
 
     async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return waiting.pop(0) if waiting else await receive()
 
     return replayed

@@ -15,6 +15,9 @@ from vllm_ext.constraints.records import RPC, merge_replies
 
 MAX_RESTARTS = 10_000
 
+_AT_ONCE = 1024
+"""Requests between two looks at the records, of which an engine keeps a bounded number."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -91,38 +94,42 @@ def generate(
         raise ValueError(
             "n is above 1; repeat the prompt instead, so that each text has its record"
         )
-    samples: list[Sample | None] = [None] * len(prompts)
+    samples: dict[int, Sample] = {}
+    attempts = [0] * len(prompts)
     waiting = list(range(len(prompts)))
-    attempt = 0
     while waiting:
-        attempt += 1
-        names = [uuid.uuid4().hex for _ in waiting]
-        asked = [_named(each[i], name, attempt) for i, name in zip(waiting, names, strict=True)]
-        outputs = llm.generate([prompts[i] for i in waiting], asked, use_tqdm=use_tqdm)
+        now, waiting = waiting[:_AT_ONCE], waiting[_AT_ONCE:]
+        names = [uuid.uuid4().hex for _ in now]
+        asked = [_named(each[i], name, attempts[i]) for i, name in zip(now, names, strict=True)]
+        outputs = llm.generate([prompts[i] for i in now], asked, use_tqdm=use_tqdm)
         records = results(llm, names)
-        again = []
-        for i, name, output in zip(waiting, names, outputs, strict=True):
+        for i, name, output in zip(now, names, outputs, strict=True):
             completion, record = output.outputs[0], _only(records[name])
-            if record.state == "restart" and attempt <= max_restarts:
-                again.append(i)
+            attempts[i] += 1
+            if record.state == "restart" and attempts[i] <= max_restarts:
+                waiting.append(i)
                 continue
             tokens = list(completion.token_ids)
             weight = log_weight(record, len(tokens))
-            samples[i] = Sample(completion.text, tokens, weight, record, attempt)
-        waiting = again
-    return [sample for sample in samples if sample is not None]
+            samples[i] = Sample(completion.text, tokens, weight, record, attempts[i])
+    return [samples[i] for i in range(len(prompts))]
 
 
-def _named(params: Any, name: str, attempt: int) -> Any:
+def _named(params: Any, name: str, rejected: int) -> Any:
     """Return a copy of the parameters with a name and, when tried again, fresh noise."""
     params = copy.copy(params)
     params.extra_args = {**(params.extra_args or {}), "constraint_id": name}
-    fresh = (attempt - 1) << 32
+    fresh = rejected << 32
     if params.extra_args.get("constraint_seed") is not None:
-        params.extra_args["constraint_seed"] += fresh
+        params.extra_args["constraint_seed"] = _int64(params.extra_args["constraint_seed"] + fresh)
     elif params.seed is not None:
-        params.seed += fresh
+        params.seed = _int64(params.seed + fresh)
     return params
+
+
+def _int64(seed: int) -> int:
+    """Wrap a seed into the range that vLLM accepts."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _only(records: list[Record]) -> Record:

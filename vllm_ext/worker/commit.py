@@ -59,8 +59,9 @@ def commit(
     sources, rows = accepted_moves(step, paths)
     if not sources:
         return
-    source = torch.tensor(sources, dtype=torch.int64)
-    row = torch.tensor(rows, dtype=torch.int64)
+    # Moved once: an index on the host would be copied to the GPU again by every layer.
+    device = next(iter(slot_mappings.values())).device
+    source, row = torch.tensor([sources, rows], dtype=torch.int64).to(device)
     slots_of: dict[int, torch.Tensor] = {}  # the slot mapping is shared by all layers of a KV group
     for name, (key, value) in step.stash.items():
         layer = layers[name]

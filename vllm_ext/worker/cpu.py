@@ -26,6 +26,8 @@ CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
     """CPU runner that verifies token trees."""
 
+    touched = hooks.WORKER + hooks.CPU
+
     def _undrawn(self) -> list[int]:
         """Unfinished prompts: a CPU generator cannot be rolled back, so nothing is drawn."""
         count = self.input_batch.num_reqs
@@ -45,7 +47,7 @@ class TreeCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """Stock, with our runner and attention backend in place."""
-        hooks.require(hooks.WORKER)
+        hooks.require(TreeCPUModelRunner.touched)
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_ext.attention.cpu.TreeCPUAttentionBackend"
         )

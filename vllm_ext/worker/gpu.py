@@ -1,42 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker and runner for vLLM's CUDA engine.
-
-Branching trees are not verified on CUDA yet: the drafter sends its best chain, which the stock
-attention backends verify, and the walk keeps every sampling feature.
-"""
+"""Worker and runner for vLLM's CUDA engine."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import torch
+from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from proposers.recycling import WIDTH
 from vllm_ext import hooks
+from vllm_ext.worker.device_walk import DeviceWalk, to_host, why_sequential
+from vllm_ext.worker.drafting import Candidates
+from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.runner import TreeRunnerMixin
+from vllm_ext.worker.step import Step
+from vllm_ext.worker.walk import WalkResult
 
 CALIBRATION_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class TreeGPUModelRunner(TreeRunnerMixin, GPUModelRunner):
-    """CUDA runner that verifies chains with the walk."""
+class TreeGPURunnerMixin(TreeRunnerMixin):
+    """What a GPU does its own way: the trees go to the Triton kernel, the walk stays on the device.
 
-    trees_refused = "no tree attention for CUDA yet"
+    Attributes:
+        processors: multiprocessors of the device.
+    """
+
+    touched = hooks.WORKER + hooks.CUDA
+    processors = 1
+
+    _device_step: Any = None
+
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self._device_step = None
+        step: Step = self._step
+        if step.attention is not None:
+            from vllm_ext.attention.tree_launch import DeviceStep
+
+            step.attention.rows = step.attention.rows.to(self.device, non_blocking=True)
+            count = self.input_batch.num_reqs
+            self._device_step = DeviceStep.build(
+                step,
+                self.query_start_loc.np[: count + 1],
+                self.input_batch.num_computed_tokens_cpu[:count],
+                self.processors,
+            )
+        return prepared
+
+    def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._step is not None and self._step.attention is not None:
+            # A full CUDA graph replays the stock attention kernel; piecewise graphs leave
+            # attention out.
+            kwargs["force_uniform_decode"] = False
+        return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        built = super()._build_attention_metadata(*args, **kwargs)
+        if self._step is not None and self._device_step is not None:
+            from vllm_ext.attention.tree_launch import LAUNCH_ATTRIBUTE, TreeLaunch
+
+            count = self.input_batch.num_reqs
+            for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+                table = self.input_batch.block_table[gid].get_device_tensor(count)
+                launch = TreeLaunch(self._device_step, table)
+                for name in group.layer_names:
+                    setattr(built[0][name], LAUNCH_ATTRIBUTE, launch)
+        return built
+
+    def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+        metadata = self.input_batch.sampling_metadata
+        if not any(step.trees) or why_sequential(self.sampler, metadata) is not None:
+            return super()._verify(logits, step)
+        ids, probs = top_candidates(logits, WIDTH)
+        walked = DeviceWalk(logits, metadata, step.trees, step.starts)
+        path, host_ids, host_probs = to_host(walked.path, ids, probs)
+        return Candidates(host_ids, host_probs), walked.finish(path)
+
+
+class TreeGPUModelRunner(TreeGPURunnerMixin, GPUModelRunner):
+    """CUDA runner that verifies token trees."""
 
 
 class TreeGPUWorker(Worker):
-    """CUDA worker that runs :class:`TreeGPUModelRunner`."""
+    """CUDA worker that runs :class:`TreeGPUModelRunner` with tree-aware attention backends."""
 
     def _make_model_runner(self) -> Any:
-        hooks.require(hooks.WORKER)
+        hooks.require(TreeGPUModelRunner.touched)
+        if importlib.util.find_spec("triton") is not None:
+            from vllm_ext.attention.cuda import register_tree_backends
+
+            register_tree_backends()
         return TreeGPUModelRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Stock; then measure the cost of rows."""
+        """Stock; then check tree attention on this machine and measure the cost of rows."""
         result = super().compile_or_warm_up_model()
         runner: Any = self.model_runner
         if runner._drafting is None:
+            runner.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+            runner.trees_refused = self._set_up_trees()
             prior = runner.measure_forward(CALIBRATION_ROWS)
             runner.start_drafting(prior)
-            runner.announce("stock attention, chains only", prior)
+            names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
+            trees = " with tree rows in Triton" if runner.trees_refused is None else ""
+            runner.announce("+".join(sorted(names)) + trees, prior)
         return result
+
+    def _set_up_trees(self) -> str | None:
+        """Why branching trees are refused, the same on every rank."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        from vllm_ext.attention.cuda_setup import set_up_tree_attention
+
+        return agreed(set_up_tree_attention(self.model_runner))
+
+
+def agreed(reason: str | None) -> str | None:
+    """The first refusal of any tensor-parallel rank: one decides for all."""
+    group = get_tp_group()
+    reasons: list[str | None] = [reason]
+    if group.world_size > 1:
+        reasons *= group.world_size
+        torch.distributed.all_gather_object(reasons, reason, group=group.cpu_group)
+    return next(filter(None, reasons), None)

@@ -47,8 +47,10 @@ class TreeRunnerMixin:
     Attributes:
         trees_refused: why branching trees cannot be verified here (then chains are drafted), or
             ``None``.
+        touched: the hooks that this runner and its worker rely on.
     """
 
+    touched: tuple[hooks.Hook, ...] = hooks.WORKER
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -91,7 +93,7 @@ class TreeRunnerMixin:
             "trees" if self.trees_refused is None else f"chains ({self.trees_refused})",
             self.num_spec_tokens,
             attention,
-            ", ".join(hook.name for hook in hooks.WORKER),
+            ", ".join(hook.name for hook in self.touched),
             curve,
         )
 
@@ -149,10 +151,27 @@ class TreeRunnerMixin:
         if logits is None or self._step is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         step: Step = self._step
+        self._seen, self._walked = self._verify(logits, step)
+        walked: WalkResult = self._walked
+        if step.attention is not None:
+            commit(
+                step.attention,
+                walked.paths,
+                self.compilation_config.static_forward_context,
+                self._slot_mappings_by_layer(step),
+            )
+        return SamplerOutput(
+            # On the host, where the bookkeeping reads them: on a GPU they would come back at once.
+            sampled_token_ids=walked.padded(torch.device("cpu")),
+            logprobs_tensors=stack_logprobs(walked.logprobs),
+        )
+
+    def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+        """Candidates at the step's rows, and the walk over its trees."""
         batch = self.input_batch
-        self._seen = candidates(logits)
+        seen = candidates(logits)  # before the walk: a processor may write into the logits
         with self._processors_walking():
-            self._walked = walked = walk(
+            walked = walk(
                 self.sampler,
                 logits,
                 batch.sampling_metadata,
@@ -162,17 +181,7 @@ class TreeRunnerMixin:
                 self._update_processors,
                 undrawn=self._undrawn(),
             )
-        if step.attention is not None:
-            commit(
-                step.attention,
-                walked.paths,
-                self.compilation_config.static_forward_context,
-                self._slot_mappings_by_layer(step),
-            )
-        return SamplerOutput(
-            sampled_token_ids=walked.padded(logits.device),
-            logprobs_tensors=stack_logprobs(walked.logprobs),
-        )
+        return seen, walked
 
     def propose_draft_token_ids(
         self: Any,

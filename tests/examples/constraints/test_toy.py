@@ -15,7 +15,7 @@ import pytest
 from divergence import curve, kl, noise_floor, smoothed
 from language import Prefix, enumerate_language
 from methods import DEAD, METHODS, Run, Toy
-from report import draw, table
+from report import draw, page, table
 from toy import CURVES, study
 
 from logits_processors.law import SamplingLaw
@@ -159,13 +159,43 @@ def test_the_report(found: dict[str, Any], tmp_path: Path) -> None:
     text = table(found)
     assert all(label in text for label in CURVES)
     assert f"stays at {found['masking_limit']:.4f}" in text
+    agreement = {
+        "method": "cars",
+        "texts": 3,
+        "same_texts": 2,
+        "same_attempts": 1,
+        "attempts": 9,
+        "largest_log_weight_difference": 1e-5,
+    }
+    result = {
+        "environment": {
+            "cpu": "a cpu",
+            "versions": {"numpy": "2.0", "vllm": None},
+            "git_commit": "abc",
+            "command": ["toy.py", "tasks.jsonl"],
+        },
+        "settings": {
+            "model": "a model",
+            "dtype": "float32",
+            "chat": True,
+            "temperature": 1.0,
+            "seed": 0,
+        },
+        "studies": [found],
+        "engine": [agreement],
+    }
+    whole = page(result)
+    assert text in whole
+    assert "a model, float32, temperature 1.0, chat template" in whole
+    assert "| cars | 3 | 2 | 9 (1 of 3 texts) | 1.0e-05 |" in whole
     pytest.importorskip("matplotlib")
     draw(found, tmp_path / "toy.png")
     assert (tmp_path / "toy.png").stat().st_size > 10_000
 
 
-def test_the_script_explains_itself(tmp_path: Path) -> None:
-    script = Path(__file__).parents[3] / "examples" / "constraints" / "toy.py"
+@pytest.mark.parametrize("name", ["toy.py", "report.py"])
+def test_the_scripts_explain_themselves(name: str, tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "examples" / "constraints" / name
     command = [sys.executable, str(script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

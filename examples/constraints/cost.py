@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What constraints cost per step, and what the processor costs those who do not use it.
+
+Two engines stand side by side: one as installed, one for which the entry point of our logits
+processor is hidden. They take turns on the same prompts. On the first, constrained requests take
+turns with plain ones. A token is timed by the wall clock of a whole batch over its steps, so
+scheduling, tokenization of the answer and Python are in it.
+
+::
+
+    python examples/constraints/cost.py --model MODEL --out docs/results/constraints/cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import suite
+
+LETTERS = "[A-Za-z ,.]{400,}"
+SCHEMA = '{"type": "object", "properties": {"story": {"type": "string", "minLength": 400}}}'
+PROMPT = "Write a long story about a small town by the sea."
+CASES: dict[str, dict[str, Any]] = {
+    "regex, masking": {"constraint_regex": LETTERS, "constraint_method": "masking"},
+    "regex, AWRS": {"constraint_regex": LETTERS},
+    "regex, ASAp": {"constraint_regex": LETTERS, "constraint_method": "asap"},
+    "JSON schema, masking": {"constraint_json_schema": SCHEMA, "constraint_method": "masking"},
+    "JSON schema, AWRS": {"constraint_json_schema": SCHEMA},
+    "regex with look-around, AWRS": {"constraint_regex_partial": r"(?!Once)[A-Za-z ,.]{400,}"},
+    "predicate, AWRS": {"constraint_predicate": "letters"},
+    "Mirostat 2": {"mirostat_version": 2},
+}
+
+
+class Letters:
+    """The language of ``LETTERS`` as a Python predicate."""
+
+    def __init__(self, argument: str) -> None:
+        del argument
+
+    def prefix(self, text: str) -> bool:
+        """Tell whether ``text`` may become valid."""
+        return all(c.isascii() and (c.isalpha() or c in " ,.") for c in text)
+
+    def complete(self, text: str) -> bool:
+        """Tell whether ``text`` is valid."""
+        return len(text) >= 400 and self.prefix(text)
+
+
+def main() -> None:
+    """Run the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with _offered() as folder:
+        full = _engine(args, hidden=None)
+        bare = _engine(args, hidden=folder)
+        idle = [_idle(bare, full, batch, args) for batch in args.batch]
+        costs = [
+            _cost(full, name, keys, batch, args)
+            for batch in args.batch
+            for name, keys in CASES.items()
+        ]
+    environment = suite.environment(args.model, args.dtype)
+    result = {"environment": environment, "rounds": args.rounds, "idle": idle, "costs": costs}
+    suite.write_report(args.out, result, "Cost of constraints", _text(result, args))
+
+
+@contextmanager
+def _offered() -> Iterator[Path]:
+    """Install the predicate; yield a folder that hides our processor when put before it."""
+    with tempfile.TemporaryDirectory() as offered, tempfile.TemporaryDirectory() as hidden:
+        info = Path(offered) / "vllm_ext_cost-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-ext-cost\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[vllm_ext.predicates]\nletters = cost:Letters\n")
+        ours = distribution("vllm-ext")
+        info = Path(hidden) / "vllm_ext-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm-ext\nVersion: {ours.version}\n"
+        )
+        (info / "entry_points.txt").write_text("")
+        _put_first(offered)
+        _put_first(str(Path(__file__).parent))
+        yield Path(hidden)
+
+
+def _put_first(folder: str) -> None:
+    """Let this process and those it starts find ``folder`` first."""
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+
+
+def _engine(args: argparse.Namespace, hidden: Path | None) -> Any:
+    """Start an engine, without our processor if it is to be hidden."""
+    from vllm import LLM
+
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    path, variable = list(sys.path), os.environ.get("PYTHONPATH", "")
+    if hidden is not None:
+        _put_first(str(hidden))
+    try:
+        return LLM(
+            args.model,
+            dtype=args.dtype,
+            enforce_eager=True,
+            max_model_len=512,
+            disable_log_stats=True,
+        )
+    finally:
+        sys.path[:] = path
+        os.environ["PYTHONPATH"] = variable
+
+
+def _timed(engine: Any, batch: int, keys: dict[str, Any] | None, args: argparse.Namespace) -> float:
+    """Return the seconds per step of one batch.
+
+    Raises:
+        RuntimeError: a text ended early, so that steps cannot be told from the wall clock.
+    """
+    from vllm import SamplingParams
+
+    each = [
+        SamplingParams(
+            temperature=1.0,
+            seed=seed,
+            max_tokens=args.max_tokens,
+            ignore_eos=keys is None or "mirostat_version" in keys,
+            extra_args=keys,
+        )
+        for seed in range(batch)
+    ]
+    begin = time.perf_counter()
+    outputs = engine.generate([PROMPT] * batch, each, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    lengths = {len(output.outputs[0].token_ids) for output in outputs}
+    if lengths != {args.max_tokens}:
+        raise RuntimeError(f"texts of {lengths} tokens, wanted {args.max_tokens} each ({keys})")
+    return seconds / args.max_tokens
+
+
+def _alternate(
+    first: Callable[[], float], second: Callable[[], float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Measure two things in turns, after one round that does not count."""
+    pairs = []
+    for i in range(rounds + 1):
+        one, two = (first(), second()) if i % 2 else tuple(reversed((second(), first())))
+        pairs.append((one, two))
+    return [one for one, _ in pairs[1:]], [two for _, two in pairs[1:]]
+
+
+def _idle(bare: Any, full: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    without, having = _alternate(
+        lambda: _timed(bare, batch, None, args),
+        lambda: _timed(full, batch, None, args),
+        args.rounds,
+    )
+    return {"batch": batch, **_compare(without, having)}
+
+
+def _cost(
+    engine: Any, name: str, keys: dict[str, Any], batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    plain, constrained = _alternate(
+        lambda: _timed(engine, batch, None, args),
+        lambda: _timed(engine, batch, keys, args),
+        args.rounds,
+    )
+    return {"case": name, "batch": batch, **_compare(plain, constrained)}
+
+
+def _compare(base: list[float], other: list[float]) -> dict[str, Any]:
+    return {
+        "base_ms": statistics.median(base) * 1e3,
+        "ms": statistics.median(other) * 1e3,
+        "ratio": suite.mean_spread([b / a for a, b in zip(base, other, strict=True)]),
+        "extra_ms": suite.mean_spread([(b - a) * 1e3 for a, b in zip(base, other, strict=True)]),
+    }
+
+
+def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
+    idle = suite.markdown_table(
+        ["batch", "step without it, ms", "step with it idle, ms", "ratio (mean, 95%)"],
+        [
+            [r["batch"], f"{r['base_ms']:.2f}", f"{r['ms']:.2f}", suite.show_mean(r["ratio"], 3)]
+            for r in result["idle"]
+        ],
+    )
+    costs = suite.markdown_table(
+        ["case", "batch", "plain step, ms", "constrained step, ms", "extra ms per step", "ratio"],
+        [
+            [
+                r["case"],
+                r["batch"],
+                f"{r['base_ms']:.2f}",
+                f"{r['ms']:.2f}",
+                suite.show_mean(r["extra_ms"]),
+                suite.show_mean(r["ratio"], 3),
+            ]
+            for r in result["costs"]
+        ],
+    )
+    return (
+        f"{args.rounds} rounds in turns, {args.max_tokens} tokens per text, all rows of the batch "
+        "constrained; medians of steps, means of paired ratios with 95% bootstrap intervals.\n\n"
+        f"## The processor, not used\n\n{idle}\n## Constrained requests\n\n{costs}"
+    )
+
+
+if __name__ == "__main__":
+    main()

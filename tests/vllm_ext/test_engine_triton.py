@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA path in a whole engine, without a GPU: Triton's interpreter stands in for the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts, texts
+
+pytestmark = pytest.mark.engine
+pytest.importorskip("triton")
+
+SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 8, "adaptive": False}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    model = make_tiny_model(tmp_path_factory.mktemp("model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        plain = make_engine(model, None)
+        patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.triton_worker.TritonWorker")
+        patch.setenv("TRITON_INTERPRET", "1")  # reaches the worker, which is a new process
+        ours = make_engine(model, dict(SPECULATIVE))
+    yield plain, ours
+    for engine in (plain, ours):
+        engine.llm_engine.engine_core.shutdown()
+
+
+def test_same_tokens_through_the_triton_kernel(engines: tuple[Any, Any]) -> None:
+    from vllm import SamplingParams
+
+    plain, ours = engines
+    greedy = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True, detokenize=False)
+    requests = prompts(3, seed=5, longest=20)
+    expected = texts(plain, requests, greedy)
+    for _ in range(2):  # the second time the drafter knows the text, and much is accepted
+        assert texts(ours, requests, greedy) == expected
+    state = ours.collective_rpc("state")[0]
+    assert state["refused"] is None
+    assert state["launches"] > 5
+    assert state["branching_trees"] > 5
+    assert state["accepted_tokens"] > 5
+    # The control: with the wrong mask the text changes.
+    ours.collective_rpc("hide_ancestors")
+    assert texts(ours, requests, greedy) != expected

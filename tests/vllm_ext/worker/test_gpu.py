@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU runner adds to the stock runner, around a stock runner that does nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.sample.sampler import Sampler
+
+from proposers.tree import TokenTree
+from tests.vllm_ext.worker.test_device_walk import metadata
+from vllm_ext.worker import gpu
+from vllm_ext.worker.gpu import TreeGPURunnerMixin, agreed
+from vllm_ext.worker.walk import WalkResult
+
+pytest.importorskip("triton")
+
+TREE = TokenTree((5, 6, 7), (-1, -1, 0), (0.5,) * 3)
+CHAIN = TokenTree((5, 6), (-1, 0), (0.5,) * 2)
+
+
+class Stock:
+    """The parts of vLLM's runner that the overrides call."""
+
+    graphs: Any = None
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> str:
+        return "prepared"
+
+    def _determine_batch_execution_and_padding(self, **kwargs: Any) -> None:
+        self.graphs = kwargs
+
+    def _build_attention_metadata(self, **kwargs: Any) -> Any:
+        return ({name: SimpleNamespace() for name in ("a", "b", "c")}, None)
+
+
+class Runner(TreeGPURunnerMixin, Stock):  # type: ignore[misc]
+    def __init__(self, trees: dict[str, TokenTree]) -> None:
+        sizes = [len(tree) + 1 for tree in trees.values()]
+        self.device = torch.device("cpu")
+        self._step = None
+        self._drafting: Any = SimpleNamespace(trees=trees)
+        self.query_start_loc = SimpleNamespace(np=np.cumsum([0, *sizes], dtype=np.int32))
+        self.positions = torch.arange(sum(sizes))
+        self.sampler = Sampler()
+        tables = [
+            SimpleNamespace(get_device_tensor=lambda n, g=g: torch.full((n, 1), g)) for g in (0, 1)
+        ]
+        self.input_batch = SimpleNamespace(
+            num_reqs=len(trees),
+            req_ids=list(trees),
+            num_computed_tokens_cpu=np.full(len(trees), 20, dtype=np.int32),
+            block_table=tables,
+            sampling_metadata=metadata(len(trees)),
+            req_output_token_ids=[[] for _ in trees],
+            logitsprocs=SimpleNamespace(all=[]),
+        )
+        groups = [SimpleNamespace(layer_names=["a", "b"]), SimpleNamespace(layer_names=["c"])]
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=groups)
+        self.scheduled = SimpleNamespace(
+            scheduled_spec_decode_tokens={r: list(t.tokens) for r, t in trees.items() if t.tokens}
+        )
+
+    def prepare(self) -> None:
+        assert self._prepare_inputs(self.scheduled, None) == "prepared"
+
+
+def test_a_branching_step_reaches_every_layer() -> None:
+    from vllm_ext.attention.tree_launch import LAUNCH_ATTRIBUTE
+
+    runner = Runner({"x": CHAIN, "y": TREE})
+    runner.prepare()
+    assert runner.positions[3:].tolist() == [20, 21, 21, 22]
+    built, _ = runner._build_attention_metadata()
+    launches = {name: getattr(md, LAUNCH_ATTRIBUTE) for name, md in built.items()}
+    assert launches["a"].step is launches["c"].step  # plans are shared
+    assert launches["a"].block_table.tolist() == [[0], [0]]
+    assert launches["c"].block_table.tolist() == [[1], [1]]
+    assert len(launches["a"].step.trees) == 2
+    assert launches["a"].step.everything
+
+
+def test_a_branching_step_replays_no_full_graph() -> None:
+    runner = Runner({"x": TREE})
+    runner.prepare()
+    runner._determine_batch_execution_and_padding(num_tokens=4)
+    assert runner.graphs == {"num_tokens": 4, "force_uniform_decode": False}
+
+
+def test_a_step_of_chains_is_left_alone() -> None:
+    from vllm_ext.attention.tree_launch import LAUNCH_ATTRIBUTE
+
+    runner = Runner({"x": TREE})
+    runner.prepare()
+    runner._drafting.trees = {"x": CHAIN}
+    runner.scheduled.scheduled_spec_decode_tokens = {"x": list(CHAIN.tokens)}
+    runner.query_start_loc.np = np.array([0, 3], dtype=np.int32)
+    runner.prepare()
+    runner._determine_batch_execution_and_padding(num_tokens=3)
+    assert runner.graphs == {"num_tokens": 3}
+    built, _ = runner._build_attention_metadata()
+    assert not any(hasattr(md, LAUNCH_ATTRIBUTE) for md in built.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "trees", "device"),
+    [
+        ({}, {"x": CHAIN, "y": TREE}, True),
+        ({"no_penalties": False}, {"x": CHAIN, "y": TREE}, False),
+        ({}, {"x": TokenTree.EMPTY}, False),  # one row each: vLLM's own step
+    ],
+)
+def test_which_walk(
+    given: dict[str, Any], trees: dict[str, TokenTree], device: bool, monkeypatch: Any
+) -> None:
+    used = []
+    real = gpu.DeviceWalk
+    monkeypatch.setattr(gpu, "DeviceWalk", lambda *args: used.append(1) or real(*args))
+    runner = Runner(trees)
+    runner.prepare()
+    count = len(trees)
+    runner.input_batch.sampling_metadata = metadata(
+        count, prompt_token_ids=torch.zeros(count, 1, dtype=torch.int64), **given
+    )
+    rows = sum(len(tree) + 1 for tree in trees.values())
+    logits = torch.nn.functional.one_hot(torch.full((rows,), 5), 16).float()
+    assert runner._step is not None
+    seen, walked = runner._verify(logits, runner._step)
+    assert bool(used) == device
+    assert seen.ids.shape == (rows, 8)
+    assert isinstance(walked, WalkResult)
+    expected = [[5, 5] if tree.tokens else [5] for tree in trees.values()]
+    assert walked.tokens == expected
+
+
+@pytest.mark.parametrize("reasons", [[None, None], [None, "no shared memory"]])
+def test_one_rank_refuses_for_all(reasons: list[str | None], monkeypatch: Any) -> None:
+    def gather(found: list[Any], mine: Any, group: Any) -> None:
+        found[:] = reasons
+
+    monkeypatch.setattr(gpu, "get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert agreed(None) == reasons[1]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the tree runner that speak with our processors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from logits_processors.vllm_v1 import V1Processor
+from proposers.tree import TokenTree
+from vllm_ext.worker.runner import TreeRunnerMixin
+
+
+class Other:
+    """Somebody else's processor."""
+
+    def __init__(self) -> None:
+        self.updates: list[Any] = []
+
+    def update_state(self, change: Any) -> None:
+        self.updates.append(change)
+
+
+def ours(keep: Any = None) -> Any:
+    processor = object.__new__(V1Processor)
+    processor.idle = ()
+    processor._rows = {}
+    processor.asked = []
+
+    def viable(row: int, tokens: Any, parents: Any) -> Any:
+        processor.asked.append((row, tokens))
+        return keep(tokens) if keep and row == 1 else None
+
+    processor.viable = viable
+    return processor
+
+
+def runner(*processors: Any, requests: int = 3) -> Any:
+    batch = SimpleNamespace(logitsprocs=SimpleNamespace(all=list(processors)), num_reqs=requests)
+    return SimpleNamespace(input_batch=batch)
+
+
+def test_rows_that_do_not_draw_are_idle_while_walking() -> None:
+    one, other = ours(), Other()
+    engine = runner(one, other)
+    with TreeRunnerMixin._processors_walking(engine):
+        TreeRunnerMixin._update_processors(engine, [0, 2])
+        assert set(one.idle) == {1}
+        TreeRunnerMixin._update_processors(engine, [2])
+        assert set(one.idle) == {0, 1}
+    assert not one.idle
+    assert other.updates == [None, None]
+
+
+def test_an_error_in_the_walk_wakes_all_rows() -> None:
+    one = ours()
+    engine = runner(one)
+
+    def broken_walk() -> None:
+        with TreeRunnerMixin._processors_walking(engine):
+            TreeRunnerMixin._update_processors(engine, [])
+            raise RuntimeError("in the sampler")
+
+    with pytest.raises(RuntimeError, match="sampler"):
+        broken_walk()
+    assert not one.idle
+
+
+def test_forbidden_nodes_are_pruned_with_what_hangs_on_them() -> None:
+    def no_sevens(tokens: Any) -> list[bool]:
+        return [token != 7 for token in tokens]
+
+    tree = TokenTree((5, 7, 6), (-1, -1, 0), (0.5, 0.4, 0.3))
+    trees = {"a": tree, "b": tree, "c": TokenTree.EMPTY}
+    processor = ours(no_sevens)
+    TreeRunnerMixin._prune_forbidden(runner(Other(), processor), trees, ["a", "b", "c", "d"])
+    assert trees["a"] is tree
+    assert trees["b"] == TokenTree((5, 6), (-1, 0), (0.5, 0.3))
+    assert [row for row, _ in processor.asked] == [0, 1]
+
+
+def test_each_processor_sees_what_the_others_left() -> None:
+    first = ours(lambda tokens: [token != 5 for token in tokens])
+    second = ours(lambda tokens: [token != 7 for token in tokens])
+    trees = {"b": TokenTree((5, 7, 8), (-1, -1, -1), (0.5, 0.4, 0.1))}
+    TreeRunnerMixin._prune_forbidden(runner(first, second), trees, ["a", "b"])
+    assert trees["b"].tokens == (8,)
+    assert second.asked == [(1, (7, 8))]
