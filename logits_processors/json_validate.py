@@ -4,8 +4,9 @@
 Engines that compile a schema to a mask leave out keywords (``not``, ``uniqueItems``, ``contains``,
 ``dependentSchemas``, ...) or narrow the language (property order, no further properties). Here the
 grammar of JSON gives the masks and the ``jsonschema`` package decides whether a text may end, so
-the language is the schema's own. A violation shows only at the end of the text: the samplers that
-weigh or restart (AWRS with SMC, ASAp, CARS) are made for that, plain masking is not.
+the language is the schema's own. A violation shows only when the value would be finished, where the
+token that finishes it is refused: an object may go on to what it lacks, but what it has stays. The
+samplers that weigh or restart (AWRS with SMC, ASAp, CARS) are made for that, plain masking is not.
 """
 
 from __future__ import annotations
@@ -22,24 +23,33 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import EMPTY_REGISTRY
 from typing_extensions import override
 
-from .bitmask import Bitmask, set_token
+from .bitmask import Bitmask, set_token, unpack
 from .constraint import Constraint, ConstraintError, ConstraintRuntimeError, constraint_key
+from .json_closing import FinishingTokens, finishing_tokens, is_final, open_brackets
 from .limits import DEFAULT_LIMITS, Limits, check_source
 from .vocabulary import Vocabulary
 from .xgrammar_constraint import CompiledXGrammar, XGrammarConstraint, compile_xgrammar
 
 _MAX_INT_DIGITS = 1000
+_VERDICTS = 64
 
 
 class JsonValidateConstraint(Constraint):
     """A :class:`~logits_processors.constraint.Constraint`: JSON by mask, the schema at the end."""
 
-    def __init__(self, grammar: XGrammarConstraint, validator: Any, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        grammar: XGrammarConstraint,
+        validator: Any,
+        vocabulary: Vocabulary,
+        finishing: FinishingTokens,
+    ) -> None:
         self._grammar = grammar
         self._validator = validator
         self._vocabulary = vocabulary
+        self._finishing = finishing
         self._tokens: list[int] = []
-        self._verdict: tuple[int, bool] = (-1, False)
+        self._verdicts: dict[bytes, bool] = {}
 
     @property
     @override
@@ -50,7 +60,10 @@ class JsonValidateConstraint(Constraint):
     def allows(self, token: int) -> bool:
         if token in self._vocabulary.eos_ids:
             return self._open() and self.complete()
-        return self._grammar.allows(token)
+        if not self.accept(token):
+            return False
+        self.rollback(1)
+        return True
 
     @override
     def accept(self, token: int) -> bool:
@@ -59,22 +72,36 @@ class JsonValidateConstraint(Constraint):
         if not self._grammar.accept(token):
             return False
         self._tokens.append(token)
-        return True
+        ended = token in self._vocabulary.eos_ids
+        if ended or not self._grammar.complete() or not is_final(self._spelling(token)):
+            return True
+        try:
+            valid = self._is_valid(self._text())
+        except ConstraintRuntimeError:
+            self.rollback(1)
+            raise
+        if not valid:
+            self.rollback(1)
+        return valid
 
     @override
     def rollback(self, count: int) -> None:
         self._grammar.rollback(count)
         if count:
             del self._tokens[-count:]
-            self._verdict = (-1, False)
 
     @override
     def mask(self) -> Bitmask:
         mask = self._grammar.mask()
-        if self._open():
-            may_end = self.complete()
-            for eos in self._vocabulary.eos_ids:
-                set_token(mask, eos, may_end)
+        if not self._open():
+            return mask
+        may_end = self.complete()
+        for eos in self._vocabulary.eos_ids:
+            set_token(mask, eos, may_end)
+        finishing = self._finishing.at(open_brackets(self._text()))
+        for token in finishing[unpack(mask, self._vocabulary.size)[finishing]].tolist():
+            if not self.allows(token):
+                set_token(mask, token, False)
         return mask
 
     @override
@@ -83,11 +110,7 @@ class JsonValidateConstraint(Constraint):
 
     @override
     def complete(self) -> bool:
-        if not self._grammar.complete():
-            return False
-        if self._verdict[0] != len(self._tokens):
-            self._verdict = (len(self._tokens), self._valid())
-        return self._verdict[1]
+        return self._grammar.complete() and self._is_valid(self._text())
 
     @override
     def reset(self) -> None:
@@ -95,15 +118,30 @@ class JsonValidateConstraint(Constraint):
 
     @override
     def fork(self) -> JsonValidateConstraint:
-        copy = JsonValidateConstraint(self._grammar.fork(), self._validator, self._vocabulary)
+        copy = JsonValidateConstraint(
+            self._grammar.fork(), self._validator, self._vocabulary, self._finishing
+        )
         copy._tokens = self._tokens.copy()
         return copy
 
     def _open(self) -> bool:
         return not self._tokens or self._tokens[-1] not in self._vocabulary.eos_ids
 
-    def _valid(self) -> bool:
-        text = self._vocabulary.spell(self._tokens)
+    def _spelling(self, token: int) -> bytes:
+        return self._vocabulary.text_tokens[token]
+
+    def _text(self) -> bytes:
+        return self._vocabulary.spell(self._tokens)
+
+    def _is_valid(self, text: bytes) -> bool:
+        # Asked when a token is checked, again when it is accepted, and again for the end of text.
+        if text not in self._verdicts:
+            if len(self._verdicts) >= _VERDICTS:
+                self._verdicts.clear()
+            self._verdicts[text] = self._validate(text)
+        return self._verdicts[text]
+
+    def _validate(self, text: bytes) -> bool:
         try:
             value = json.loads(text, parse_int=_parse_int)
         except (ValueError, RecursionError):
@@ -179,10 +217,13 @@ class CompiledJsonValidate:
     validator: Any = field(repr=False)
     vocabulary: Vocabulary = field(repr=False)
     key: str
+    finishing: FinishingTokens = field(repr=False)
 
     def start(self) -> JsonValidateConstraint:
         """Return a new state at the empty prefix."""
-        return JsonValidateConstraint(self.grammar.start(), self.validator, self.vocabulary)
+        return JsonValidateConstraint(
+            self.grammar.start(), self.validator, self.vocabulary, self.finishing
+        )
 
 
 def compile_json_validate(
@@ -216,7 +257,8 @@ def compile_json_validate(
         raise ConstraintError("json_validate: the schema `false` is satisfied by nothing")
     dialect = validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
-        dialect.check_schema(schema)
+        # Without its formats: they judge patterns by Python's `re`, which knows no \p{L}.
+        dialect.check_schema(schema, format_checker=jsonschema.FormatChecker(()))
         _check_patterns(schema)
     except jsonschema.SchemaError as error:
         raise ConstraintError(f"json_validate: at {error.json_path}: {error.message}") from error
@@ -227,7 +269,8 @@ def compile_json_validate(
     )
     grammar = compile_xgrammar("json_schema", "{}", vocabulary, limits)
     key = constraint_key(vocabulary, "json_validate", source)
-    return CompiledJsonValidate(grammar, validator, vocabulary, key)
+    finishing = finishing_tokens(vocabulary)
+    return CompiledJsonValidate(grammar, validator, vocabulary, key, finishing)
 
 
 def _check_patterns(schema: Any) -> None:

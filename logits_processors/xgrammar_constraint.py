@@ -34,6 +34,8 @@ from .vocabulary import Vocabulary
 Kind: TypeAlias = Literal["json_schema", "ebnf", "regex", "structural_tag"]
 
 _LOG_PREFIX = re.compile(r"\[\d\d:\d\d:\d\d\] \S+?:\d+: (Check failed: .*? is false: )?")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_KNOWN_ESCAPES = "abcdDefnrsStuvwWx"  # xgrammar takes any other letter for itself, with a log line
 
 
 class XGrammarConstraint(Constraint):
@@ -162,6 +164,18 @@ def _parse_json(source: str, kind: str) -> Any:
         raise ConstraintError(f"{kind}: not valid JSON: {error}") from error
 
 
+def _refuse_unknown_escapes(expression: str) -> None:
+    for escape in _ESCAPE.finditer(expression):
+        letter = escape.group(1)
+        if letter.isascii() and letter.isalpha() and letter not in _KNOWN_ESCAPES:
+            raise ConstraintError(
+                f"regex: \\{letter} at position {escape.start()} is unknown to xgrammar, which "
+                f"would match the letter {letter!r} itself; known are "
+                f"{' '.join(chr(92) + known for known in _KNOWN_ESCAPES)}. The kind regex_partial "
+                "takes all of the `regex` package's syntax"
+            )
+
+
 def compile_xgrammar(
     kind: Kind, source: str, vocabulary: Vocabulary, limits: Limits = DEFAULT_LIMITS
 ) -> CompiledXGrammar:
@@ -193,6 +207,8 @@ def compile_xgrammar(
     check_source(source, kind, limits)
     if kind in ("json_schema", "structural_tag"):
         _parse_json(source, kind)
+    if kind == "regex":
+        _refuse_unknown_escapes(source)
     try:
         grammar = compilers[kind](source)
     except (RuntimeError, ValueError, TypeError) as error:

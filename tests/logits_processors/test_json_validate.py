@@ -4,11 +4,16 @@ import time
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_model import BYTES
 
+from logits_processors.bitmask import unpack
 from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
+from logits_processors.json_closing import open_brackets
 from logits_processors.json_validate import compile_json_validate
 from logits_processors.limits import Limits
+from logits_processors.vocabulary import Vocabulary
 
 END = BYTES.eos_ids[0]
 CASES = [
@@ -42,19 +47,71 @@ def test_a_text_may_end_exactly_where_the_validator_agrees(schema, values):
     verdicts = []
     for value in values:
         constraint = compiled.start()
-        assert all(constraint.accept(byte) for byte in json.dumps(value).encode())
-        assert constraint.accept(END) == reference.is_valid(value), value
+        taken = all(constraint.accept(byte) for byte in json.dumps(value).encode())
+        assert (taken and constraint.accept(END)) == reference.is_valid(value), value
         verdicts.append(reference.is_valid(value))
     assert len(set(verdicts)) == 2
 
 
 def test_the_verdict_follows_a_rollback():
     constraint = compile_json_validate('{"uniqueItems": true}', BYTES).start()
-    assert all(constraint.accept(byte) for byte in b"[1,1]")
-    assert not constraint.complete()
-    constraint.rollback(2)
+    assert all(constraint.accept(byte) for byte in b"[1,1")
+    assert not constraint.accept(ord("]"))
+    constraint.rollback(1)
     assert all(constraint.accept(byte) for byte in b"2]")
     assert constraint.complete()
+    constraint.rollback(2)
+    assert all(constraint.accept(byte) for byte in b"1")
+    assert not constraint.accept(ord("]"))
+
+
+def test_a_value_that_breaks_the_schema_is_not_finished():
+    """Closing it would leave nothing but white space; an object may still get what it lacks."""
+    constraint = compile_json_validate('{"required": ["a"]}', BYTES).start()
+    assert constraint.accept(ord("{"))
+    assert not constraint.allows(ord("}"))
+    assert not constraint.accept(ord("}"))
+    assert constraint.num_accepted == 1
+    assert all(constraint.accept(byte) for byte in b'"a": {}')
+    assert constraint.accept(ord("}"))
+    assert constraint.accept(END)
+
+
+def test_a_number_may_go_on_where_it_is_not_yet_valid():
+    constraint = compile_json_validate('{"minimum": 10, "type": "integer"}', BYTES).start()
+    assert constraint.accept(ord("1"))
+    assert not constraint.allows(END)
+    assert constraint.accept(ord("2"))
+    assert constraint.accept(END)
+
+
+WORDS = (
+    [bytes([byte]) for byte in range(128)]
+    + [b"", b'"}', b"}}", b"]}", b"}]", b'": [', b"},", b"} \n", b"null", b"true}", b"12 ", b" "]
+    + [b"[]", b"{}", b'{"a', b'""', b'"]}', b" ]", b"\\u0041", b"}}}", b"1}"]
+)
+MANY = Vocabulary(tuple(WORDS), (128,))
+SCHEMA = '{"required": ["a"], "properties": {"a": {"uniqueItems": true}}, "not": {"minimum": 3}}'
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2**16), max_size=14))
+def test_the_mask_is_what_the_checks_say(choices):
+    constraint = compile_json_validate(SCHEMA, MANY).start()
+    interesting = [i for i, word in enumerate(WORDS) if set(word) & set(b'{}[]"a:,1 ntru')]
+    for choice in choices:
+        allowed = unpack(constraint.mask(), MANY.size)
+        assert allowed.tolist() == [constraint.allows(token) for token in range(MANY.size)]
+        possible = [token for token in interesting if allowed[token]]
+        if not possible:
+            return
+        assert constraint.accept(possible[choice % len(possible)])
+
+
+def test_a_depth_counts_no_brackets_in_strings():
+    assert open_brackets(b'{"a]}": [1, {"b\\"}": "') == 3
+    assert open_brackets(b'{"a": "\\') == 1
+    assert open_brackets(b'[[], {"x": "["}') == 1
 
 
 def test_text_that_is_not_json_is_refused_on_the_way():
@@ -87,6 +144,11 @@ def test_references_are_never_fetched():
     assert constraint.accept(ord("1"))
     with pytest.raises(ConstraintRuntimeError, match="unresolvable reference"):
         constraint.complete()
+    constraint.reset()
+    assert constraint.accept(ord("["))
+    with pytest.raises(ConstraintRuntimeError, match="unresolvable reference"):
+        constraint.accept(ord("]"))
+    assert constraint.num_accepted == 1
 
 
 def test_endless_reference_refuses_instead_of_recursing():
@@ -100,11 +162,17 @@ def test_catastrophic_pattern_ends_in_time():
         r'{"pattern": "^(a|aa)+b\\1$"}', BYTES, Limits(check_seconds=0.2)
     )
     constraint = compiled.start()
-    assert all(constraint.accept(byte) for byte in json.dumps("a" * 80).encode())
+    assert all(constraint.accept(byte) for byte in json.dumps("a" * 80).encode()[:-1])
     start = time.monotonic()
     with pytest.raises(ConstraintRuntimeError, match="check_seconds"):
-        constraint.complete()
+        constraint.accept(ord('"'))
     assert time.monotonic() - start < 5
+
+
+def test_patterns_are_read_by_the_engine_that_runs_them():
+    constraint = compile_json_validate(r'{"pattern": "^\\p{Letter}+$"}', BYTES).start()
+    assert all(constraint.accept(byte) for byte in b'"ab1')
+    assert not constraint.accept(ord('"'))
 
 
 def test_huge_integers_do_not_stop_the_engine():

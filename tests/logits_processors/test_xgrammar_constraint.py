@@ -105,3 +105,16 @@ def test_limits_come_before_the_engine():
         compile_xgrammar("json_schema", '{"items":' * 5000 + "{}" + "}" * 5000, BYTES)
     with pytest.raises(ValueError, match="max_depth=0"):
         Limits(max_depth=0)
+
+
+@pytest.mark.parametrize("source", [r"[\p{L}]+", r"\Aab", r"a\\\h"])
+def test_escapes_that_would_be_taken_for_letters_are_refused(source):
+    with pytest.raises(ConstraintError, match=r"is unknown to xgrammar, which would match"):
+        compile_xgrammar("regex", source, BYTES)
+
+
+@pytest.mark.parametrize(("source", "text"), [(r"\\p", b"\\p"), (r"\w\.\-", b"a.-"), ("p", b"p")])
+def test_other_escapes_are_not(source, text):
+    constraint = compile_xgrammar("regex", source, BYTES).start()
+    assert all(constraint.accept(byte) for byte in text)
+    assert constraint.complete()

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks of the AWRS paper (arXiv 2504.05410): masking, AWRS and AWRS-SMC side by side.
+
+Per task, masking and AWRS draw as many answers side by side as SMC has particles, so that all run
+at the same batch size; a single answer is scored by the mean over them, and the one with the
+largest weight is a control for SMC: it costs the same but nothing is resampled. SMC answers with
+the text of the largest posterior probability. What was cut off or died counts as wrong.
+
+    python examples/constraints/awrs_tasks.py --data DIR --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+``DIR`` holds the folders ``awrs_*``. The molecules need ``rdkit`` and the predicate of this folder:
+``pip install rdkit ./examples/constraints/smiles``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import suite
+import typer
+from awrs_judges import SUITES, Task, Verdict
+
+SINGLE = ("masking", "awrs")
+LABELS = {
+    "masking": "masking, 1 answer",
+    "awrs": "AWRS, 1 answer",
+    "awrs best": "AWRS, largest weight of {n}",
+    "smc": "AWRS-SMC, {n} particles",
+}
+
+
+def judged(task: Task, text: str, complete: bool, log_weight: float) -> dict[str, Any]:
+    """Judge one answer; plain types."""
+    verdict = task.judge(text) if complete else Verdict(False, False)
+    return {
+        "text": text,
+        "complete": complete,
+        # JSON has no infinities.
+        "log_weight": log_weight if math.isfinite(log_weight) else None,
+        **vars(verdict),
+    }
+
+
+def run_single(llm: Any, task: Task, method: str, count: int, seed: int) -> dict[str, Any]:
+    """Draw ``count`` answers side by side."""
+    from vllm import SamplingParams
+
+    from vllm_ext.constraints import generate
+
+    spec = task.mask_spec if method == "masking" else task.spec
+    assert spec is not None
+    params = [
+        SamplingParams(
+            max_tokens=task.max_tokens,
+            extra_args={
+                f"constraint_{spec.kind}": spec.source,
+                "constraint_method": method,
+                "constraint_seed": seed + i,
+            },
+        )
+        for i in range(count)
+    ]
+    start, processor = time.perf_counter(), time.process_time()
+    samples = generate(llm, [task.prompt] * count, params)
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - processor,
+        "tokens": sum(len(sample.token_ids) for sample in samples),
+        "checks": sum(sample.record.checks for sample in samples),
+        "masks": sum(sample.record.mask_fallbacks for sample in samples),
+        "errors": [sample.record.error for sample in samples if sample.record.error],
+        "answers": [
+            judged(task, sample.text, sample.record.state == "complete", sample.log_weight)
+            for sample in samples
+        ],
+    }
+
+
+def run_smc(llm: Any, task: Task, particles: int, seed: int) -> dict[str, Any]:
+    """Draw a population; its answer is the text of the largest posterior probability."""
+    from vllm_ext import smc
+
+    start, processor = time.perf_counter(), time.process_time()
+    drawn = smc.sample(
+        llm,
+        task.prompt,
+        task.spec,
+        particles=particles,
+        ess=0.5,
+        max_tokens=task.max_tokens,
+        seed=seed,
+        show_progress=False,
+    )
+    seconds = time.perf_counter() - start
+    processor_seconds = time.process_time() - processor
+    best = next(iter(drawn.posterior()), None)
+    return {
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "tokens": sum(len(particle.tokens) for particle in drawn.particles),
+        "checks": drawn.checks,
+        "masks": drawn.mask_fallbacks,
+        "errors": [],
+        "resamplings": drawn.resamplings,
+        "answers": [judged(task, best or "", best is not None, drawn.log_evidence)],
+    }
+
+
+def best_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run with only its answer of the largest weight."""
+    weight = [
+        -math.inf if answer["log_weight"] is None else answer["log_weight"]
+        for answer in run["answers"]
+    ]
+    return {**run, "answers": [run["answers"][weight.index(max(weight))]]}
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Reduce the runs of one method, one per task, to means over tasks with their intervals."""
+
+    def over_tasks(key: str) -> dict[str, Any]:
+        return suite.mean_spread(
+            [sum(a[key] for a in run["answers"]) / len(run["answers"]) for run in runs]
+        )
+
+    scores = [a["score"] for run in runs for a in run["answers"] if a["score"] is not None]
+    tokens = sum(run["tokens"] for run in runs)
+    return {
+        "tasks": len(runs),
+        "answers": sum(len(run["answers"]) for run in runs),
+        "complete": over_tasks("complete"),
+        "valid": over_tasks("valid"),
+        "accurate": over_tasks("accurate"),
+        "score": suite.mean_spread(scores),
+        "tokens": tokens,
+        "checks_per_token": sum(run["checks"] for run in runs) / max(1, tokens),
+        "masks_per_token": sum(run["masks"] for run in runs) / max(1, tokens),
+        "ms_per_token": suite.quantiles(
+            [run["seconds"] / run["tokens"] for run in runs if run["tokens"]], 1e3
+        ),
+        "processor_ms_per_token": suite.quantiles(
+            [run["processor_seconds"] / run["tokens"] for run in runs if run["tokens"]], 1e3
+        ),
+        "errors": sum(len(run["errors"]) for run in runs),
+    }
+
+
+def compare(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Summarise a suite: over all tasks, and over those that masks can express.
+
+    Args:
+        entries: per task, the run of each method that could take it.
+    """
+    maskable = {task: runs for task, runs in entries.items() if "masking" in runs}
+    groups = {"all tasks": entries}
+    if len(maskable) < len(entries):
+        groups["tasks that masks can express"] = maskable
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, tasks in groups.items():
+        found[group] = {}
+        for method in LABELS:
+            source = "awrs" if method == "awrs best" else method
+            runs = [run[source] for run in tasks.values() if source in run]
+            # A method that takes only some of the tasks is compared on those alone.
+            if runs and len(runs) == len(tasks):
+                chosen = [best_of(run) for run in runs] if method == "awrs best" else runs
+                found[group][method] = summarise(chosen)
+    return found
+
+
+def report(results: Mapping[str, Any], particles: int) -> str:
+    """Return the markdown of ``{suite: result of compare}``."""
+    parts = []
+    for name, groups in results.items():
+        for group, methods in groups.items():
+            if not methods:
+                continue
+            count = next(iter(methods.values()))["tasks"]
+            table = suite.markdown_table(
+                [
+                    "method",
+                    "complete %",
+                    "valid %",
+                    "accurate %",
+                    "QED" if name == "awrs_molecular" else "score",
+                    "checks per token",
+                    "masks per token",
+                    "ms per token (median / p90)",
+                    "processor ms per token",
+                    "gave up",
+                ],
+                [
+                    [
+                        LABELS[method].format(n=particles),
+                        *(_percent(m[key]) for key in ("complete", "valid", "accurate")),
+                        suite.show_mean(m["score"]),
+                        f"{m['checks_per_token']:.1f}",
+                        f"{m['masks_per_token']:.2f}",
+                        suite.show_quantiles(m["ms_per_token"], 1),
+                        suite.show_quantiles(m["processor_ms_per_token"], 1),
+                        m["errors"],
+                    ]
+                    for method, m in methods.items()
+                ],
+            )
+            parts.append(f"## {name}: {group} ({count})\n\n{table}")
+    return "\n".join(parts)
+
+
+def _percent(part: Mapping[str, Any]) -> str:
+    if part["mean"] is None:
+        return "-"
+    return f"{100 * part['mean']:.0f} [{100 * part['low']:.0f}, {100 * part['high']:.0f}]"
+
+
+def plot(results: Mapping[str, Any], particles: int, path: Path) -> None:
+    """Draw the accuracy of each method, one group of bars per suite."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = [
+        (f"{name.removeprefix('awrs_')}\n{group}", methods)
+        for name, found in results.items()
+        for group, methods in found.items()
+        if methods
+    ]
+    figure, axis = plt.subplots(figsize=(10, 4))
+    for i, (method, label) in enumerate(LABELS.items()):
+        at = [j + (i - 1.5) * 0.2 for j, (_, m) in enumerate(groups) if method in m]
+        parts = [m[method]["accurate"] for _, m in groups if method in m]
+        middle = [100 * p["mean"] for p in parts]
+        errors = [
+            [100 * (p["mean"] - p["low"]) for p in parts],
+            [100 * (p["high"] - p["mean"]) for p in parts],
+        ]
+        axis.bar(at, middle, 0.2, yerr=errors, capsize=2, label=label.format(n=particles))
+    axis.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
+    axis.set_ylabel("accurate, %")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of the folders awrs_*.")],
+    model: Annotated[str, typer.Option(help="A folder or Hugging Face name.")],
+    out: Annotated[Path, typer.Option(help="Results, without suffix.")] = Path("build/awrs_tasks"),
+    suites: Annotated[str, typer.Option(help="Names with commas.")] = ",".join(SUITES),
+    tasks: Annotated[int, typer.Option(help="First tasks of each suite; 0 takes all.")] = 0,
+    particles: Annotated[int, typer.Option(min=2)] = 5,
+    dtype: Annotated[str, typer.Option()] = "float32",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Answer tasks under constraints and judge the answers."""
+    settings = {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "particles": particles,
+        "seed": seed,
+    }
+    journal = suite.Journal(out.with_suffix(".journal.jsonl"), settings)
+    chosen = {name: SUITES[name](data / name)[: tasks or None] for name in suites.split(",")}
+    wanted = [
+        (f"{name}:{task.id}:{method}", task, method)
+        for position in range(max(map(len, chosen.values())))
+        for name, some in chosen.items()
+        for task in some[position : position + 1]
+        for method in (*SINGLE, "smc")
+        if method != "masking" or task.mask_spec is not None
+    ]
+    missing = [piece for piece in wanted if piece[0] not in journal]
+    if missing:
+        llm = suite.open_engine(
+            model, dtype=dtype, max_model_len=2048, max_num_seqs=particles, line_ends_text=True
+        )
+        with suite.progress_bar("tasks x methods", len(missing)) as (bar, bar_task):
+            for key, task, method in missing:
+                if method == "smc":
+                    run = run_smc(llm, task, particles, seed)
+                else:
+                    run = run_single(llm, task, method, particles, seed)
+                journal.add(key, run)
+                bar.advance(bar_task)
+    results = {
+        name: compare(
+            {
+                task.id: {
+                    method: journal.entries[key]
+                    for method in (*SINGLE, "smc")
+                    if (key := f"{name}:{task.id}:{method}") in journal
+                }
+                for task in some
+            }
+        )
+        for name, some in chosen.items()
+    }
+    result = {
+        "environment": suite.environment(model, dtype),
+        "settings": settings | {"tasks": tasks},
+        "results": results,
+    }
+    body = (
+        f"T=1, top_p=1, {particles} requests side by side in every method, plain prompts, a line "
+        "break ends an answer. Means over tasks with 95% bootstrap intervals; a single answer's "
+        f"score is the mean over {particles} draws per task. Cut-off and dead texts count as "
+        "wrong. Masks are full token masks (for masking one per token, for AWRS its fallback). "
+        "Times are per emitted token, the model's own time included.\n\n"
+        f"{report(results, particles)}"
+    )
+    suite.write_report(out, result, "Tasks of the AWRS paper", body)
+    plot(results, particles, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
