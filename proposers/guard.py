@@ -2,8 +2,8 @@
 """A fence around a source that somebody else wrote: one failure, and it is out.
 
 A source that raises, or answers with anything but a few token ids of the vocabulary and their
-probabilities is disabled for the rest of the engine's life, with one
-error line. The drafts of the other sources go on.
+probabilities, is disabled for the rest of the engine's life, with one error line. The drafts of the
+other sources go on.
 """
 
 from __future__ import annotations
