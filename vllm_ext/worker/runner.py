@@ -160,7 +160,7 @@ class TreeRunnerMixin:
                 step.attention,
                 walked.paths,
                 self.compilation_config.static_forward_context,
-                self._slot_mappings_by_layer(step),
+                self._slot_mappings_by_layer(),
             )
         return SamplerOutput(
             # On the host, where the bookkeeping reads them: on a GPU they would come back at once.
@@ -325,7 +325,7 @@ class TreeRunnerMixin:
         """Requests whose generator must not advance; the stock runner rolls GPU generators back."""
         return []
 
-    def _slot_mappings_by_layer(self: Any, step: Step) -> dict[str, torch.Tensor]:
+    def _slot_mappings_by_layer(self: Any) -> dict[str, torch.Tensor]:
         """Slots of the batch's rows, by layer name."""
         mappings = {}
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
