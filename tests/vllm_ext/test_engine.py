@@ -374,14 +374,15 @@ def test_every_method_gives_the_same_tokens(
     speculative = {"method": method, "max_nodes": 12, "adaptive": False, **named}
     plain, _ = engines
     engine = make_engine(resources["model"], speculative)
+    before = engine.collective_rpc("tree_counters")[0]  # engines of one process share counters
     try:
         requests = prompts(6, seed=71)
         for case in (params(ignore_eos=True), params(temperature=0.9, seed=3, ignore_eos=True)):
             assert texts(engine, requests, case) == texts(plain, requests, case)
-        counters = engine.collective_rpc("tree_counters")[0]
-        assert counters["drafting_errors"] == 0
+        after = engine.collective_rpc("tree_counters")[0]
+        assert after["drafting_errors"] == before["drafting_errors"]
         if method != "datastore":  # random bytes do not occur in its text
-            assert counters["accepted_tokens"] > 0
+            assert after["accepted_tokens"] > before["accepted_tokens"]
     finally:
         engine.llm_engine.engine_core.shutdown()
 
