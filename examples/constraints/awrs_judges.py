@@ -202,8 +202,8 @@ def molecular(folder: Path) -> list[Task]:
 
 def judge_molecule(text: str, known: Sequence[str]) -> Verdict:
     """Valid by partialsmiles; accurate if RDKit reads it and it is not a given one; score: QED."""
-    from rdkit import Chem, rdBase
-    from rdkit.Chem import QED
+    from rdkit import Chem, rdBase  # type: ignore[import-not-found, unused-ignore]
+    from rdkit.Chem import QED  # type: ignore[import-not-found, unused-ignore]
     from smiles.smiles_predicate import SmilesPredicate
 
     smiles = text.strip()
