@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of the AWRS paper (arXiv 2504.05410) from rows of data, and independent judges of answers.
 
+Beside them, JSON schemas that mask engines cannot express.
+
 A judge knows nothing of the constraint: it parses, matches or executes the answer by itself. All
 prompts are plain text without a chat template, and the engine takes a line break for the end of an
 answer; what each task changes in its rows' prompts is said where it does.
@@ -8,6 +10,7 @@ answer; what each task changes in its rows' prompts is said where it does.
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from collections import Counter
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
 import regex  # type: ignore[import-untyped]
 import suite
 
@@ -198,19 +202,75 @@ def molecular(folder: Path) -> list[Task]:
 
 def judge_molecule(text: str, known: Sequence[str]) -> Verdict:
     """Valid by partialsmiles; accurate if RDKit reads it and it is not a given one; score: QED."""
-    from rdkit import Chem, RDLogger  # type: ignore[import-untyped]
-    from rdkit.Chem.QED import qed  # type: ignore[import-untyped]
+    from rdkit import Chem, rdBase  # type: ignore[import-not-found, unused-ignore]
+    from rdkit.Chem import QED  # type: ignore[import-not-found, unused-ignore]
     from smiles.smiles_predicate import SmilesPredicate
 
-    RDLogger.DisableLog("rdApp.*")
     smiles = text.strip()
     valid = SmilesPredicate().complete(smiles)
-    molecule = Chem.MolFromSmiles(smiles) if smiles else None
-    if molecule is None:
-        return Verdict(valid, False)
-    canonical = Chem.MolToSmiles(molecule)
-    given = {Chem.MolToSmiles(m) for m in map(Chem.MolFromSmiles, known) if m is not None}
-    return Verdict(valid, valid and canonical not in given, float(qed(molecule)))
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles) if smiles else None
+        if molecule is None:
+            return Verdict(valid, False)
+        canonical = Chem.MolToSmiles(molecule)
+        given = {Chem.MolToSmiles(m) for m in map(Chem.MolFromSmiles, known) if m is not None}
+        return Verdict(valid, valid and canonical not in given, QED.default(molecule))
+
+
+_JSON_PROMPT = """Under each schema stands a JSON value that satisfies it, on one line.
+Schema: {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+JSON:
+{"name": "Ada"}
+Schema: {"type": "array", "items": {"type": "integer"}, "minItems": 2}
+JSON:
+[4, 7]
+Schema: %s
+JSON:
+"""
+_LONGEST_SCHEMA = 2000  # characters
+
+
+def beyond_masks(folder: Path) -> list[Task]:
+    """Write a value for a schema that both mask engines refuse or misread, by a validator."""
+    tasks = []
+    for row in suite.read_rows(folder / "dev.jsonl"):
+        schema, engines = json.dumps(row["schema"]), row["engines"]
+        satisfiable = any(test["valid"] for test in row["tests"])
+        skipped = row.get("optional") or row.get("uses_remote") or not satisfiable
+        if not (skipped or understood(engines) or len(schema) > _LONGEST_SCHEMA):
+            tasks.append(
+                Task(
+                    row["id"],
+                    _JSON_PROMPT % schema,
+                    Spec("json_validate", schema),
+                    None,
+                    96,
+                    lambda text, row=row: judge_json(text, row["schema"]),  # type: ignore[misc]
+                )
+            )
+    return tasks
+
+
+def understood(engines: Mapping[str, Any]) -> bool:
+    """Tell whether a mask engine compiled a schema and agreed with all its labelled instances."""
+    for engine, short in (("llguidance", "llg"), ("xgrammar", "xgr")):
+        counts = [
+            engines.get(f"{short}_{kind}", "0/0") for kind in ("valid_accepted", "invalid_rejected")
+        ]
+        if engines[engine] == "ok" and all(a == b for a, b in (c.split("/") for c in counts)):
+            return True
+    return False
+
+
+def judge_json(text: str, schema: Any) -> Verdict:
+    """Validate the value; formats are annotations, as the specification has it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return Verdict(False, False)
+    dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    valid = bool(dialect(schema).is_valid(value))
+    return Verdict(valid, valid)
 
 
 SUITES: Mapping[str, Callable[[Path], list[Task]]] = {
@@ -218,5 +278,7 @@ SUITES: Mapping[str, Callable[[Path], list[Task]]] = {
     "awrs_text_to_sql": text_to_sql,
     "awrs_goal_inference": goal_inference,
     "awrs_molecular": molecular,
+    "jsonschemabench": beyond_masks,
+    "json_schema_test_suite": beyond_masks,
 }
 """The suites by the name of their folder."""

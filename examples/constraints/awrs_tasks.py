@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks of the AWRS paper (arXiv 2504.05410): masking, AWRS and AWRS-SMC side by side.
 
+The suites ``jsonschemabench`` and ``json_schema_test_suite`` are JSON schemas beyond mask engines.
+
 Per task, masking and AWRS draw as many answers side by side as SMC has particles, so that all run
 at the same batch size; a single answer is scored by the mean over them, and the one with the
 largest weight is a control for SMC: it costs the same but nothing is resampled. SMC answers with
@@ -8,7 +10,7 @@ the text of the largest posterior probability. What was cut off or died counts a
 
     python examples/constraints/awrs_tasks.py --data DIR --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-``DIR`` holds the folders ``awrs_*``. The molecules need ``rdkit`` and the predicate of this folder:
+``DIR`` holds the suites' folders. The molecules need ``rdkit`` and the predicate of this folder:
 ``pip install rdkit ./examples/constraints/smiles``.
 """
 
@@ -25,6 +27,7 @@ import typer
 from awrs_judges import SUITES, Task, Verdict
 
 SINGLE = ("masking", "awrs")
+DEFAULT_SUITES = ",".join(folder for folder in SUITES if folder.startswith("awrs_"))
 LABELS = {
     "masking": "masking, 1 answer",
     "awrs": "AWRS, 1 answer",
@@ -252,7 +255,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the folders awrs_*.")],
     model: Annotated[str, typer.Option(help="A folder or Hugging Face name.")],
     out: Annotated[Path, typer.Option(help="Results, without suffix.")] = Path("build/awrs_tasks"),
-    suites: Annotated[str, typer.Option(help="Names with commas.")] = ",".join(SUITES),
+    suites: Annotated[str, typer.Option(help="Names of folders, with commas.")] = DEFAULT_SUITES,
     tasks: Annotated[int, typer.Option(help="First tasks of each suite; 0 takes all.")] = 0,
     particles: Annotated[int, typer.Option(min=2)] = 5,
     dtype: Annotated[str, typer.Option()] = "float32",
@@ -314,7 +317,7 @@ def main(
         "Times are per emitted token, the model's own time included.\n\n"
         f"{report(results, particles)}"
     )
-    suite.write_report(out, result, "Tasks of the AWRS paper", body)
+    suite.write_report(out, result, "Tasks under constraints", body)
     plot(results, particles, out.with_suffix(".png"))
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from scipy.stats import binomtest, bootstrap  # type: ignore[import-untyped]
+from scipy.stats import binomtest, bootstrap
 
 from logits_processors.vocabulary import Vocabulary
 from vllm_ext.cli.environment import describe, installed_version

@@ -75,6 +75,27 @@ def test_catastrophic_backtracking_counts_as_no_match(monkeypatch: pytest.Monkey
     assert not judges.judge_pattern("a" * 64 + "!", r"(?:(a|a)*\1?)*(?<=b)").valid
 
 
+def test_json_is_judged_by_a_validator() -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    assert judges.judge_json(" [1, 2]", schema).accurate
+    assert not judges.judge_json("[1, 1]", schema).valid
+    assert not judges.judge_json("[1, 2", schema).valid
+
+
+@pytest.mark.parametrize(
+    ("engines", "understood"),
+    [
+        ({"llguidance": "ok", "xgrammar": "no"}, True),
+        ({"llguidance": "no", "xgrammar": "ok", "xgr_valid_accepted": "1/1"}, True),
+        ({"llguidance": "no", "xgrammar": "ok", "xgr_valid_accepted": "1/2"}, False),
+        ({"llguidance": "no", "xgrammar": "ok", "xgr_invalid_rejected": "0/1"}, False),
+        ({"llguidance": "no", "xgrammar": "no"}, False),
+    ],
+)
+def test_which_schemas_are_beyond_masks(engines: dict[str, str], understood: bool) -> None:
+    assert judges.understood(engines) is understood
+
+
 def test_a_grammar_is_wrapped_into_another() -> None:
     renamed = judges.rename_root('root ::= "a" root | rooted\nrooted ::= "b"', "inner")
     assert renamed == 'inner ::= "a" inner | rooted\nrooted ::= "b"'
