@@ -202,6 +202,8 @@ def population(
                     for i, ancestor in enumerate(ancestors)
                 ]
                 running = _running(members, weights.log_weights)
+                if not running:  # only finished texts survived
+                    break
         requests = [
             Request(
                 members[i].tokens,

@@ -390,3 +390,23 @@ def test_an_engine_that_stops_early_is_reported():
         drive(population(Plan(2)), short)
     with pytest.raises(RuntimeError, match="1 continuations for 2 requests"):
         drive(population(Plan(2)), lambda requests: short(requests)[:1])
+
+
+def test_a_round_that_only_finished_texts_survive_is_the_last():
+    """One text finishes with nearly all of the weight; resampling leaves copies of it alone."""
+    asked = []
+
+    def submit(requests):
+        asked.append(len(requests))
+        return [
+            Continuation((1, EOS), 0.0, True, "a", 1, 0)
+            if i == 0
+            else Continuation((1, 1), -50.0, False, "aa", 1, 0)
+            for i, _ in enumerate(requests)
+        ]
+
+    drawn = drive(population(Plan(particles=4, tokens_per_round=2, max_tokens=8)), submit)
+    assert asked == [4]
+    assert all(particle.complete for particle in drawn.particles)
+    assert drawn.log_evidence == pytest.approx(math.log(0.25))
+    assert drawn.resamplings == 1

@@ -26,7 +26,6 @@ def answer(right: bool, log_weight: float | None, complete: bool = True) -> dict
 def run(*answers: dict[str, Any], tokens: int = 10) -> dict[str, Any]:
     return {
         "seconds": 0.1,
-        "processor_seconds": 0.05,
         "tokens": tokens,
         "checks": 40,
         "masks": 5,
