@@ -28,7 +28,10 @@ from typing import Any
 import suite
 
 LETTERS = "[A-Za-z ,.]{400,}"
-SCHEMA = '{"type": "object", "properties": {"story": {"type": "string", "minLength": 400}}}'
+SCHEMA = (
+    '{"type": "object", "properties": {"story": {"type": "string", "minLength": 400}}, '
+    '"required": ["story"]}'
+)
 PROMPT = "Write a long story about a small town by the sea."
 CASES: dict[str, dict[str, Any]] = {
     "regex, masking": {"constraint_regex": LETTERS, "constraint_method": "masking"},
