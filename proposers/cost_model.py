@@ -70,10 +70,10 @@ class SizeSearch:
         # With all the rest at `prob` the gain is linear and the cost piecewise linear in the
         # number of nodes, and the present number does not win: if any does, a corner does.
         n, tokens, best, costs = self._n, self._tokens, self._best, self._costs
-        return not any(
-            corner > n and tokens + prob * (corner - n) > best * costs[corner]
-            for corner in self._corners
-        )
+        for corner in self._corners:
+            if corner > n and tokens + prob * (corner - n) > best * costs[corner]:
+                return False
+        return True
 
 
 class CostModel:
@@ -154,6 +154,11 @@ class CostModel:
         for prob in sorted_probs:
             search.add(prob)
         return search.size
+
+    def gain(self, base_rows: int, base_tokens: float, nodes: int, extra_tokens: float) -> float:
+        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens`."""
+        slower = self.seconds(base_rows + nodes) / self.seconds(base_rows)
+        return (base_tokens + extra_tokens) / base_tokens / slower - 1.0
 
     def search(self, base_rows: int, base_tokens: float, limit: int) -> SizeSearch:
         """The search that `best_size` makes, for nodes that come one by one; at most `limit`."""

@@ -2,9 +2,9 @@
 """What an engine talks to: per-request state, learning from verified steps, trees for the next.
 
 Per engine step, in this order: `observe` the target's rows, `extend` every request by the tokens it
-committed, `propose` trees for the next step. Composition: the sources of Token Recycling
-(arXiv 2408.08696) and of suffix matching (arXiv 2411.04975) in one online mixture, grown by DySpec
-(arXiv 2410.11744), cut by the cost model.
+committed, `propose` trees for the next step. How trees grow, and from which sources, is the
+grower's part; by default the sources of Token Recycling (arXiv 2408.08696) and of suffix matching
+(arXiv 2411.04975) in one online mixture, grown by DySpec (arXiv 2410.11744), cut by the cost model.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from proposers.cost_model import CostModel
-from proposers.dyspec import DySpecOptions, Growth, grow
+from proposers.dyspec import DySpec, DySpecOptions
+from proposers.gate import Gate
+from proposers.grower import Draftee, Grower
 from proposers.mixture import Mixture
 from proposers.recycling import BigramRecycling, TrigramRecycling
 from proposers.source import Source, VerifiedRows
 from proposers.suffix import SuffixSource
-from proposers.tree import ROOT, TokenTree
+from proposers.tree import TokenTree
 
 
 class _Request:
-    __slots__ = ("chain", "greedy", "growth")
+    __slots__ = ("chain", "greedy")
 
     def __init__(self, greedy: bool, chain: bool) -> None:
         self.greedy = greedy
         self.chain = chain
-        self.growth: Growth | None = None
 
 
 class TreeDrafter:
@@ -39,7 +40,12 @@ class TreeDrafter:
         vocab_size: size of the target's vocabulary.
         options: limits and tunables.
         cost: latency by rows; the engine records every step in it.
-        sources: what to mix; default suffix, trigram and bigram recycling.
+        sources: what DySpec mixes; default suffix, trigram and bigram recycling.
+        grower: grows the trees in place of DySpec and brings its own sources.
+        gate: stops drafting while it does not pay; `None` drafts in every step.
+
+    Raises:
+        ValueError: for a vocabulary of no tokens, or for sources beside a grower.
     """
 
     def __init__(
@@ -48,9 +54,13 @@ class TreeDrafter:
         options: DySpecOptions,
         cost: CostModel,
         sources: Sequence[Source] | None = None,
+        grower: Grower | None = None,
+        gate: Gate | None = None,
     ) -> None:
         if vocab_size < 1:
             raise ValueError(f"TreeDrafter: vocab_size={vocab_size}; it must be at least 1")
+        if sources is not None and grower is not None:
+            raise ValueError("TreeDrafter: give sources or a grower, which has its own")
         if sources is None:
             sources = (
                 SuffixSource(vocab_size),
@@ -59,8 +69,10 @@ class TreeDrafter:
             )
         self.cost = cost
         self._vocab_size = vocab_size
-        self._options = options
-        self._mixture = Mixture(sources)
+        self._max_nodes = options.max_nodes
+        self._grower: Grower = grower or DySpec(Mixture(sources), options)
+        self._sources = self._grower.sources
+        self.gate = gate
         self._requests: dict[str, _Request] = {}
 
     def start(
@@ -82,14 +94,15 @@ class TreeDrafter:
             namespace: the LoRA adapter's id, 0 without one.
         """
         self._requests[request] = _Request(greedy, chain)
-        for source in self._mixture.sources:
+        self._grower.stop(request)
+        for source in self._sources:
             source.start(request, tokens, greedy=greedy, namespace=namespace)
 
     def observe(self, rows: VerifiedRows) -> None:
         """Learn from the target's distributions of one step."""
         rows = rows.cleaned(self._vocab_size)
         if len(rows):
-            for source in self._mixture.sources:
+            for source in self._sources:
                 source.observe(rows)
 
     def extend(self, request: str, tokens: Sequence[int]) -> None:
@@ -98,11 +111,9 @@ class TreeDrafter:
         Raises:
             KeyError: if the request was not started.
         """
-        record = self._record(request)
-        growth, record.growth = record.growth, None
-        if growth is not None:
-            self._learn(growth, tokens)
-        for source in self._mixture.sources:
+        self._record(request)
+        self._grower.learn(request, tokens)
+        for source in self._sources:
             source.extend(request, tokens)
 
     def propose(
@@ -127,42 +138,31 @@ class TreeDrafter:
         """
         if not requests:
             return []
-        limits = [self._options.max_nodes] * len(requests)
+        base_rows, base_tokens = len(requests) + other_rows, float(len(requests))
+        gate = self.gate
+        if gate is not None and not gate.wants_draft(base_rows):
+            return [TokenTree.EMPTY] * len(requests)
+        limits = [self._max_nodes] * len(requests)
         if max_nodes is not None:
             limits = [max(0, min(*pair)) for pair in zip(limits, max_nodes, strict=True)]
-        growths = []
+        draftees = []
         for request, limit in zip(requests, limits, strict=True):
             record = self._record(request)
-            record.growth = Growth(
-                self._mixture.root(request), greedy=record.greedy, chain=record.chain, limit=limit
-            )
-            growths.append(record.growth)
-        return grow(
-            growths,
-            self._mixture,
-            self.cost,
-            self._options,
-            base_rows=len(requests) + other_rows,
-            base_tokens=float(len(requests)),
-        )
+            draftees.append(Draftee(request, record.greedy, record.chain, limit))
+        trees = self._grower.grow(draftees, self.cost, base_rows=base_rows, base_tokens=base_tokens)
+        if gate is None or not any(limits):
+            return trees
+        nodes = sum(map(len, trees))
+        extra = sum(sum(tree.probs) for tree in trees)
+        gain = self.cost.gain(base_rows, base_tokens, nodes, extra) if nodes else 0.0
+        return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
 
     def stop(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""
         self._requests.pop(request, None)
-        for source in self._mixture.sources:
+        self._grower.stop(request)
+        for source in self._sources:
             source.stop(request)
-
-    def _learn(self, growth: Growth, tokens: Sequence[int]) -> None:
-        node = ROOT
-        for token in tokens:
-            prediction = growth.predictions.get(node)
-            if prediction is None:
-                return
-            self._mixture.learn(prediction, token)
-            child = growth.children.get((node, token))
-            if child is None:
-                return
-            node = child
 
     def _record(self, request: str) -> _Request:
         try:

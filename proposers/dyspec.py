@@ -21,8 +21,9 @@ from itertools import count
 from typing import TypeAlias
 
 from proposers.cost_model import CostModel
-from proposers.mixture import Mixture, Prediction
-from proposers.source import State
+from proposers.grower import Draftee
+from proposers.mixture import Bias, Mixture, Prediction
+from proposers.source import Source, State
 from proposers.tree import ROOT, TokenTree
 
 _Siblings: TypeAlias = list[tuple[float, int]]
@@ -68,6 +69,7 @@ class Growth:
 
     __slots__ = (
         "_states",
+        "bias",
         "chain",
         "children",
         "depths",
@@ -79,8 +81,17 @@ class Growth:
         "tokens",
     )
 
-    def __init__(self, states: list[State], *, greedy: bool, chain: bool, limit: int) -> None:
+    def __init__(
+        self,
+        states: list[State],
+        *,
+        greedy: bool,
+        chain: bool,
+        limit: int,
+        bias: Bias | None = None,
+    ) -> None:
         """Begin with the root in the context that `states` stand for."""
+        self.bias = bias
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.probs: list[float] = []
@@ -99,7 +110,7 @@ class Growth:
         else:
             states = mixture.advance(self._states[self.parents[node]], self.tokens[node])
             self._states[node] = states
-        prediction = self.predictions[node] = mixture.predict(states, self.greedy)
+        prediction = self.predictions[node] = mixture.predict(states, self.greedy, self.bias)
         return prediction
 
     def add(self, parent: int, token: int, prob: float) -> int:
@@ -115,6 +126,80 @@ class Growth:
     def tree(self, n: int) -> TokenTree:
         """The first `n` nodes."""
         return TokenTree(tuple(self.tokens[:n]), tuple(self.parents[:n]), tuple(self.probs[:n]))
+
+
+class DySpec:
+    """The grower of this module over one mixture.
+
+    Args:
+        mixture: what predicts the tokens.
+        options: limits.
+    """
+
+    def __init__(self, mixture: Mixture, options: DySpecOptions) -> None:
+        self._mixture = mixture
+        self._options = options
+        self._growths: dict[str, Growth] = {}
+        self._biases: dict[str, Bias] = {}
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """See `Grower.sources`."""
+        return self._mixture.sources
+
+    def grow(
+        self,
+        draftees: Sequence[Draftee],
+        cost: CostModel,
+        *,
+        base_rows: int,
+        base_tokens: float,
+    ) -> list[TokenTree]:
+        """See `Grower.grow`."""
+        growths = [self.begin(draftee) for draftee in draftees]
+        return grow(
+            growths,
+            self._mixture,
+            cost,
+            self._options,
+            base_rows=base_rows,
+            base_tokens=base_tokens,
+        )
+
+    def begin(self, draftee: Draftee) -> Growth:
+        """A request's growth with its root alone; it becomes the one that `learn` looks at."""
+        bias = self._biases.get(draftee.request)
+        if bias is None:
+            bias = self._biases[draftee.request] = Bias(len(self._mixture.sources))
+        growth = self._growths[draftee.request] = Growth(
+            self._mixture.root(draftee.request),
+            greedy=draftee.greedy,
+            chain=draftee.chain,
+            limit=draftee.limit,
+            bias=bias,
+        )
+        return growth
+
+    def learn(self, request: str, tokens: Sequence[int]) -> None:
+        """See `Grower.learn`."""
+        growth = self._growths.pop(request, None)
+        if growth is None:
+            return
+        node = ROOT
+        for token in tokens:
+            prediction = growth.predictions.get(node)
+            if prediction is None:
+                return
+            self._mixture.learn(prediction, token)
+            child = growth.children.get((node, token))
+            if child is None:
+                return
+            node = child
+
+    def stop(self, request: str) -> None:
+        """See `Grower.stop`."""
+        self._growths.pop(request, None)
+        self._biases.pop(request, None)
 
 
 def grow(

@@ -20,58 +20,24 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from proposers.merging import WIDTH, compiled, merge_rows
+from proposers.prime import PrimeTable
 from proposers.source import Candidates, VerifiedRows
 
-WIDTH = 8
-"""Successors kept per context."""
-
-_NEGLIGIBLE = 0.01
-"""Successors below this probability are not drafted: they never pay for a row."""
-
-
-def merge_topk(
-    old_ids: NDArray[np.int32],
-    old_probs: NDArray[np.float32],
-    new_ids: NDArray[np.int32],
-    new_probs: NDArray[np.float32],
-    decay: float,
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Blend R rows of stored successors with R rows of fresh ones and keep the best `WIDTH`.
-
-    A probability of 0 marks an empty slot. Ties go to the fresh row, then to the lower column.
-
-    Args:
-        old_ids: int32 [R, WIDTH], distinct within a row where the probability is positive.
-        old_probs: float32 [R, WIDTH].
-        new_ids: int32 [R, K], distinct within a row where the probability is positive.
-        new_probs: float32 [R, K].
-        decay: weight of the fresh row, in (0, 1].
-
-    Returns:
-        int32 [R, WIDTH] and float32 [R, WIDTH], by falling probability.
-    """
-    rate = np.where(old_probs.any(axis=1, keepdims=True), np.float32(decay), np.float32(1.0))
-    old = old_probs * (1 - rate)
-    same = (new_ids[:, :, None] == old_ids[:, None, :]) & (new_probs > 0)[:, :, None]
-    new = new_probs * rate + np.where(same, old[:, None, :], np.float32(0)).sum(axis=2)
-    old[same.any(axis=1)] = 0.0
-    ids = np.concatenate([new_ids, old_ids], axis=1)
-    probs = np.concatenate([new, old], axis=1)
-    order = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
-    # Flat indices: np.take_along_axis costs more than the sort at these sizes.
-    order += np.arange(0, probs.size, probs.shape[1])[:, None]
-    return ids.ravel()[order], probs.ravel()[order]
+NEGLIGIBLE = 0.01
+"""Successors up to this probability are not drafted: they never pay for a row."""
 
 
 class _Table:
     """Successors by context key; oldest keys are overwritten when `capacity` is reached."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, negligible: float) -> None:
+        self._negligible = negligible
         # np.zeros maps pages on first use: a table costs memory only for the contexts it has seen.
         self.ids = np.zeros((capacity, WIDTH), np.int32)
         self.probs = np.zeros((capacity, WIDTH), np.float32)
+        self._worth = np.zeros(capacity, np.int8)  # how many successors are not negligible
         self._capacity = capacity
         self._slot_of: dict[int, int] = {}
         self._key_of: list[int] = []
@@ -81,21 +47,16 @@ class _Table:
         """Merge in the rows that `row_of` names by key."""
         # A slot claimed twice (more contexts in one step than capacity) keeps its last claim.
         claimed = {self._claim(key): row for key, row in row_of.items()}
-        slot, row = np.array([*claimed.items()], np.int64).T
-        self.ids[slot], self.probs[slot] = merge_topk(
-            self.ids[slot],
-            self.probs[slot],
-            rows.top_ids[row].astype(np.int32),
-            rows.top_probs[row],
-            decay,
-        )
+        slots, rows_at = np.array([*claimed.items()], np.int64).T.copy()
+        merge_rows(self.ids, self.probs, slots, rows_at, rows.top_ids, rows.top_probs, decay)
+        self._worth[slots] = (self.probs[slots] > self._negligible).sum(axis=1)
 
     def successors(self, key: int) -> Candidates:
         slot = self._slot_of.get(key)
         if slot is None:
             return {}
-        ids, probs = self.ids[slot].tolist(), self.probs[slot].tolist()
-        return {t: p for t, p in zip(ids, probs) if p > _NEGLIGIBLE}  # noqa: B905 (hot)
+        n = self._worth.item(slot)
+        return dict(zip(self.ids[slot, :n].tolist(), self.probs[slot, :n].tolist()))  # noqa: B905
 
     def _claim(self, key: int) -> int:
         slot = self._slot_of.get(key)
@@ -107,6 +68,7 @@ class _Table:
             del self._slot_of[self._key_of[slot]]
             self._key_of[slot] = key
             self.probs[slot] = 0.0
+            self._worth[slot] = 0
         else:
             self._key_of.append(key)
         self._slot_of[key] = slot
@@ -120,7 +82,14 @@ _Context: TypeAlias = tuple[_Table, int, int]
 class _Recycling(ABC):
     """What both keyings share: tables per namespace, and the last two tokens per request."""
 
-    def __init__(self, capacity: int, *, decay: float = 0.5, max_namespaces: int = 8) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        decay: float = 0.5,
+        max_namespaces: int = 8,
+        negligible: float = NEGLIGIBLE,
+    ) -> None:
         if capacity < 1 or max_namespaces < 1:
             raise ValueError(
                 f"recycling: capacity={capacity}, max_namespaces={max_namespaces}; "
@@ -128,9 +97,11 @@ class _Recycling(ABC):
             )
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"recycling: decay={decay}; it must be in (0, 1]")
+        compiled()  # now, and not in the first step
         self._capacity = capacity
         self._decay = decay
         self._max_namespaces = max_namespaces
+        self._negligible = negligible
         self._tables: OrderedDict[int, _Table] = OrderedDict()
         self._requests: dict[str, _Context] = {}
 
@@ -180,10 +151,13 @@ class _Recycling(ABC):
     def _key(self, before: int, last: int) -> int:
         """The table's key of a context; negative: the context has none."""
 
+    def _new_table(self) -> _Table:
+        return _Table(self._capacity, self._negligible)
+
     def _table(self, namespace: int) -> _Table:
         table = self._tables.get(namespace)
         if table is None:
-            table = self._tables[namespace] = _Table(self._capacity)
+            table = self._tables[namespace] = self._new_table()
             if len(self._tables) > self._max_namespaces:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(namespace)
@@ -203,10 +177,26 @@ class BigramRecycling(_Recycling):
         capacity: contexts kept per namespace (64 bytes each); the vocabulary size keeps all.
         decay: weight of a fresh row against the stored ones.
         max_namespaces: tables kept; the least recently used one is dropped first.
+        negligible: successors up to this probability are not drafted.
+        prime: what the tables hold at first; observations are blended in as into any other row.
 
     Raises:
         ValueError: for a capacity or a number of namespaces below 1, or a decay not in (0, 1].
     """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        decay: float = 0.5,
+        max_namespaces: int = 8,
+        negligible: float = NEGLIGIBLE,
+        prime: PrimeTable | None = None,
+    ) -> None:
+        super().__init__(
+            capacity, decay=decay, max_namespaces=max_namespaces, negligible=negligible
+        )
+        self._prime = prime
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
@@ -214,6 +204,19 @@ class BigramRecycling(_Recycling):
 
     def _key(self, before: int, last: int) -> int:
         return last
+
+    def _new_table(self) -> _Table:
+        table = super()._new_table()
+        prime = self._prime
+        if prime is not None:
+            rows = VerifiedRows(
+                np.stack([np.full(len(prime), -1), prime.tokens], axis=1).astype(np.int64),
+                prime.ids.astype(np.int64),
+                prime.probs,
+                np.zeros(len(prime), np.int64),
+            )
+            table.update({token: i for i, token in enumerate(prime.tokens.tolist())}, rows, 1.0)
+        return table
 
 
 class TrigramRecycling(_Recycling):

@@ -25,8 +25,8 @@ _NEGLIGIBLE = 3
 """A match this much shorter than the longest carries under 2% of its weight: not looked up."""
 
 
-class _History:
-    """A request's tokens, and for each n-gram order the chain of its earlier occurrences.
+class History:
+    """A growing text: its tokens, and for each n-gram order the chain of its earlier occurrences.
 
     ``previous[k][i]`` is the last position before i that is preceded by the same
     ``_ORDERS[k]``-gram as position i (-1: none); position i is that of token i, and the position
@@ -40,6 +40,7 @@ class _History:
         self.append(tokens)
 
     def append(self, tokens: Sequence[int]) -> None:
+        """Take more tokens at the end."""
         old = len(self.tokens)
         self.tokens.extend(map(int, tokens))  # NumPy integers must not reach a tree
         text, end = self.tokens, len(self.tokens)
@@ -58,7 +59,7 @@ class _History:
         return self.previous[k][position] if position == len(self.tokens) else position
 
 
-_Context: TypeAlias = tuple[_History, int, list[tuple[int, int]], int]
+Context: TypeAlias = tuple[History, int, list[tuple[int, int]], int]
 """History, last token, matches and the longest match's length; a plain tuple, because every tree
 node makes one. A match is (position, length of the agreement before it); positions are distinct."""
 
@@ -94,13 +95,13 @@ class SuffixSource:
         self._max_length = max_length
         self._window = window
         self._weights = [_BASE**m for m in range(max_length + 1)]
-        self._requests: dict[str, _History] = {}
+        self._requests: dict[str, History] = {}
 
     def start(
         self, request: str, tokens: Sequence[int], *, greedy: bool, namespace: int = 0
     ) -> None:
         """Begin a request; see `Source.start`."""
-        self._requests[request] = _History(tokens[-self._window :])
+        self._requests[request] = History(tokens[-self._window :])
 
     def extend(self, request: str, tokens: Sequence[int]) -> None:
         """Append committed tokens."""
@@ -113,31 +114,43 @@ class SuffixSource:
     def observe(self, rows: VerifiedRows) -> None:
         """Nothing to learn: the target's alternatives are not text."""
 
-    def root(self, request: str) -> _Context:
+    def root(self, request: str) -> Context:
         """The committed context."""
         history = self._requests[request]
+        return self.match(history, history.tokens[-self._max_length :])
+
+    def match(self, history: History, tail: Sequence[int]) -> Context:
+        """The state of a context in any text.
+
+        Args:
+            history: the text to copy from.
+            tail: the last tokens of the context (all of them where it is short), which may or may
+                not be the end of `history`.
+        """
         text = history.tokens
-        end = len(text)
         lengths: dict[int, int] = {}
         longest = 0
         bound = self._max_length
-        for order, previous in zip(_ORDERS, history.previous, strict=True):
+        for k, order in enumerate(_ORDERS):
             # What only this order finds is shorter than the order before it.
             if longest - bound >= _NEGLIGIBLE or len(lengths) >= self._max_matches:
                 break
             bound = order - 1
-            position = previous[end]
+            if order > len(tail):
+                continue
+            previous = history.previous[k]
+            position = history.before_end(tuple(tail[-order:]), k)
             for _ in range(self._max_matches):
                 if position < 0:
                     break
                 if position not in lengths:
-                    length = self._agreement(text, position, order)
+                    length = self._agreement(text, position, tail, order)
                     lengths[position] = length
                     longest = max(longest, length)
                 position = previous[position]
-        return history, (text[-1] if text else -1), list(lengths.items()), longest
+        return history, (tail[-1] if tail else -1), list(lengths.items()), longest
 
-    def advance(self, state: _Context, token: int) -> _Context:
+    def advance(self, state: Context, token: int) -> Context:
         """The context after one more token."""
         history, last, matches, _ = state
         text, top, room = history.tokens, self._max_length, self._max_matches
@@ -167,7 +180,7 @@ class SuffixSource:
                 position = previous[position]
         return history, token, moved, longest
 
-    def candidates(self, state: _Context) -> tuple[int, Candidates]:
+    def candidates(self, state: Context) -> tuple[int, Candidates]:
         """The bucket of the longest match (0: none), and the continuations."""
         history, _, matches, longest = state
         text, weights = history.tokens, self._weights
@@ -185,11 +198,11 @@ class SuffixSource:
         """See `Source.prior`."""
         return (_ODDS_GREEDY if greedy else _ODDS_SAMPLED)[bucket]
 
-    def _agreement(self, text: list[int], position: int, known: int) -> int:
-        """How many tokens before `position` equal those at the end of `text` (>= `known`)."""
-        end, length = len(text), known
-        limit = min(self._max_length, position)
-        while length < limit and text[position - 1 - length] == text[end - 1 - length]:
+    def _agreement(self, text: list[int], position: int, tail: Sequence[int], known: int) -> int:
+        """How many tokens before `position` equal those at the end of `tail` (>= `known`)."""
+        length = known
+        limit = min(self._max_length, position, len(tail))
+        while length < limit and text[position - 1 - length] == tail[-1 - length]:
             length += 1
         return length
 

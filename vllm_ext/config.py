@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm_ext.methods import METHODS, DySpecConfig, OptionError, parse_options
+from vllm_ext.build import check_resources
+from vllm_ext.methods import METHODS, OptionError, TreeConfig, parse_options
 
 CONFIG_KEY = "vllm_ext"
 """Key of ``VllmConfig.additional_config`` under which the method and its options travel."""
@@ -51,6 +52,10 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     given = {k.replace("-", "_"): v for k, v in config.items() if k != "method"}
     options = parse_options(method, given)
     _refuse_impossible(engine_args, model_config, parallel_config)
+    try:
+        check_resources(options, model_config, getattr(engine_args, "download_dir", None))
+    except ValueError as error:
+        raise OptionError(f"speculative method '{method.name}': {error}") from error
 
     engine_args.spec_method = engine_args.spec_tokens = None  # merged above; a second merge raises
     engine_args.speculative_config = {
@@ -65,7 +70,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     parallel_config.worker_cls = _worker_class(parallel_config)
 
 
-def read_options(vllm_config: Any) -> tuple[str, DySpecConfig]:
+def read_options(vllm_config: Any) -> tuple[str, TreeConfig]:
     """Return the method's name and options from a finished ``VllmConfig`` (worker side)."""
     carried = vllm_config.additional_config[CONFIG_KEY]
     method = METHODS[carried["method"]]

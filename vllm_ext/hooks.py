@@ -75,7 +75,8 @@ FRONTEND = (
         "sampling-params",
         "vllm.sampling_params:SamplingParams._validate_spec_decode",
         ("self", "speculative_config"),
-        "min_p and logit_bias are exact under our walk; vLLM refuses them under speculation",
+        "min_p and logit_bias are exact under our walk; vLLM refuses them under speculation; and a "
+        "request's own switch and cap are checked where a bad value is the client's error",
         "vLLM asks the proposer which sampling parameters it supports",
     ),
 )
@@ -211,10 +212,10 @@ CPU = (
 CUDA = (
     Hook(
         "worker-cuda",
-        "vllm.v1.worker.gpu_worker:Worker._make_model_runner",
+        "vllm.v1.worker.gpu_worker:Worker.init_device",
         ("self",),
-        "official hook: our CUDA worker returns its runner subclass",
-        "stays: it is a documented hook",
+        "our CUDA worker puts the runner subclass in place while this runs",
+        "vLLM 0.31, which lacks the hook _make_model_runner(), is no longer supported",
     ),
     Hook(
         "cuda-graphs",

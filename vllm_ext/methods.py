@@ -8,7 +8,7 @@ table of ``vllm-ext methods`` and ``docs/methods.md`` are all generated from her
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,20 +17,52 @@ class OptionError(ValueError):
     """A speculative option is unknown, of the wrong type or out of range."""
 
 
-class DySpecConfig(BaseModel):
-    """Options of ``{"method": "dyspec"}``."""
+def _nodes(default: int) -> Any:
+    return Field(
+        default=default,
+        ge=1,
+        le=127,
+        description="most tree nodes per request and step; `max_nodes` is another name for it",
+    )
+
+
+def _depth(default: int) -> Any:
+    return Field(default=default, ge=1, le=64, description="longest path of a tree, in tokens")
+
+
+_MIN_PROBABILITY: Any = Field(
+    default=0.02,
+    ge=0.0,
+    lt=1.0,
+    description="nodes whose path is less likely than this are never drafted",
+)
+_PRIME: Any = Field(
+    default="auto",
+    description="bigram table of `vllm-ext prime`: auto (from the cache, if it is there), off, or "
+    "the path of a file",
+)
+_DATASTORE: Any = Field(
+    default=None, description="folder of a datastore of `vllm-ext datastore build`"
+)
+_PAST_OUTPUTS: Any = Field(
+    default=0,
+    ge=0,
+    le=65536,
+    description="memory in MiB for answers to other requests to draft from; 0: none, because one "
+    "user's answers would show in the speed of another's",
+)
+
+
+class TreeConfig(BaseModel):
+    """Options that every method has."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    num_speculative_tokens: int = Field(
-        default=24, ge=1, le=127, description="most tree nodes per request and step"
-    )
-    max_depth: int = Field(default=12, ge=1, le=64, description="longest path of a tree, in tokens")
-    min_probability: float = Field(
-        default=0.02,
-        ge=0.0,
-        lt=1.0,
-        description="nodes whose path is less likely than this are never drafted",
+    num_speculative_tokens: int = _nodes(24)
+    adaptive: bool = Field(
+        default=True,
+        description="size trees by the measured latency of a step; false drafts "
+        "num_speculative_tokens nodes whenever it has them",
     )
     prompt_rows: int = Field(
         default=0,
@@ -39,11 +71,98 @@ class DySpecConfig(BaseModel):
         description="last prompt positions whose next-token candidates are learnt at prefill "
         "(each costs one row of the output layer, once)",
     )
-    adaptive: bool = Field(
-        default=True,
-        description="size trees by the measured latency of a step; false drafts "
-        "num_speculative_tokens nodes whenever it has them",
+
+
+class DySpecConfig(TreeConfig):
+    """Options of ``{"method": "dyspec"}``."""
+
+    max_depth: int = _depth(12)
+    min_probability: float = _MIN_PROBABILITY
+    sources: list[str] = Field(
+        default=["suffix", "trigram", "bigram"],
+        min_length=1,
+        description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
+        "other packages by name; `datastore` and `past_outputs_mib` add theirs",
     )
+    prime: str = _PRIME
+    datastore: str | None = _DATASTORE
+    past_outputs_mib: int = _PAST_OUTPUTS
+
+
+class TokenRecyclingConfig(TreeConfig):
+    """Options of ``{"method": "token_recycling"}``."""
+
+    num_speculative_tokens: int = _nodes(80)
+    template: Literal["paper", "dynamic"] = Field(
+        default="paper", description="the paper's static tree of 80 nodes, or best-first growth"
+    )
+    decay: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="weight of a fresh row against the stored one; 1 overwrites, as in the paper",
+    )
+    prime: str = _PRIME
+
+
+class AdedConfig(TreeConfig):
+    """Options of ``{"method": "aded"}``."""
+
+    max_depth: int = _depth(4)
+    min_probability: float = _MIN_PROBABILITY
+    iterations: int = Field(
+        default=64,
+        ge=1,
+        le=1000,
+        description="descents of the search per request and step (the paper: 150); drafting time "
+        "is proportional to it",
+    )
+    branching: int = Field(default=12, ge=1, le=32, description="successors per expansion")
+    datastore: str | None = _DATASTORE
+
+
+class RasdConfig(TreeConfig):
+    """Options of ``{"method": "rasd"}``."""
+
+    max_depth: int = _depth(12)
+    min_probability: float = _MIN_PROBABILITY
+    draft: list[str] = Field(
+        default=["trigram", "bigram"],
+        min_length=1,
+        description="sources of the draft tree, by name as in dyspec's `sources`",
+    )
+    top_k: int = Field(
+        default=8,
+        ge=1,
+        le=64,
+        description="retrieved continuations must begin with one of the draft's k likeliest tokens",
+    )
+    prime: str = _PRIME
+    datastore: str | None = _DATASTORE
+    past_outputs_mib: int = _PAST_OUTPUTS
+
+
+class SuffixConfig(TreeConfig):
+    """Options of ``{"method": "suffix_tree"}``."""
+
+    max_depth: int = _depth(24)
+    min_probability: float = _MIN_PROBABILITY
+    past_outputs_mib: int = _PAST_OUTPUTS
+
+
+class CopyConfig(TreeConfig):
+    """Options of ``{"method": "copy"}``."""
+
+    max_depth: int = _depth(24)
+    min_probability: float = _MIN_PROBABILITY
+
+
+class DatastoreConfig(TreeConfig):
+    """Options of ``{"method": "datastore"}``."""
+
+    max_depth: int = _depth(16)
+    min_probability: float = _MIN_PROBABILITY
+    datastore: str = Field(description="folder of a datastore of `vllm-ext datastore build`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +179,72 @@ class Method:
     name: str
     summary: str
     paper: str
-    options: type[DySpecConfig]
+    options: type[TreeConfig]
 
 
 METHODS: dict[str, Method] = {
-    "dyspec": Method(
-        name="dyspec",
-        summary="dynamic token tree from recycled target candidates and text already seen, "
-        "grown best first and sized by the measured cost of a step; needs no draft model",
-        paper="DySpec (arXiv 2410.11744), Token Recycling (arXiv 2408.08696)",
-        options=DySpecConfig,
-    ),
+    method.name: method
+    for method in (
+        Method(
+            name="dyspec",
+            summary="dynamic token tree from recycled target candidates and text already seen, "
+            "grown best first and sized by the measured cost of a step; needs no draft model",
+            paper="DySpec (arXiv 2410.11744), Token Recycling (arXiv 2408.08696)",
+            options=DySpecConfig,
+        ),
+        Method(
+            name="token_recycling",
+            summary="the paper's static tree over the adjacency matrix of the target's top 8",
+            paper="Token Recycling (arXiv 2408.08696)",
+            options=TokenRecyclingConfig,
+        ),
+        Method(
+            name="aded",
+            summary="Monte-Carlo tree search over a store of token triples that adapts to the text",
+            paper="ADED (arXiv 2407.12021)",
+            options=AdedConfig,
+        ),
+        Method(
+            name="rasd",
+            summary="retrieval tree from a datastore, the prompt and the answer, pruned by a draft "
+            "distribution and fused with its tree",
+            paper="RASD (arXiv 2503.03434)",
+            options=RasdConfig,
+        ),
+        Method(
+            # Not `suffix`: that name is vLLM's own, with its own options.
+            name="suffix_tree",
+            summary="continuations of earlier occurrences of the last tokens, in the request's own "
+            "text and on demand in past answers",
+            paper="SuffixDecoding (arXiv 2411.04975)",
+            options=SuffixConfig,
+        ),
+        Method(
+            name="copy",
+            summary="the prompt from a pointer on, which finds its place again after an edit",
+            paper="Aggressive decoding (arXiv 2205.10350)",
+            options=CopyConfig,
+        ),
+        Method(
+            name="datastore",
+            summary="continuations of the last tokens in a corpus on disk",
+            paper="REST (arXiv 2311.08252)",
+            options=DatastoreConfig,
+        ),
+    )
 }
 
 
 def describe_options(method: Method) -> str:
     """Return ``name (type, default)`` of every option, comma separated."""
     fields = method.options.model_fields.items()
-    return ", ".join(f"{name} (default {field.default})" for name, field in fields)
+    return ", ".join(
+        f"{name} ({'required' if field.is_required() else f'default {field.default}'})"
+        for name, field in fields
+    )
 
 
-def parse_options(method: Method, given: dict[str, Any]) -> DySpecConfig:
+def parse_options(method: Method, given: dict[str, Any]) -> TreeConfig:
     """Validate the options of a speculative config.
 
     Args:
@@ -90,6 +254,14 @@ def parse_options(method: Method, given: dict[str, Any]) -> DySpecConfig:
     Raises:
         OptionError: names each bad option, what was given and what is allowed.
     """
+    if "max_nodes" in given:
+        if "num_speculative_tokens" in given:
+            raise OptionError(
+                f"speculative method '{method.name}': max_nodes and num_speculative_tokens are one "
+                "option; give one of them"
+            )
+        given = {"num_speculative_tokens": given["max_nodes"], **given}
+        del given["max_nodes"]
     try:
         return method.options.model_validate(given)
     except ValidationError as error:
@@ -102,6 +274,8 @@ def parse_options(method: Method, given: dict[str, Any]) -> DySpecConfig:
 
 def _explain(method: Method, problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"option '{name}' is required"
     if problem["type"] == "extra_forbidden":
         return f"unknown option '{name}' (given {problem['input']!r})"
     return f"option '{name}' given as {problem['input']!r}: {problem['msg'].lower()}"

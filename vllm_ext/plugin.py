@@ -133,9 +133,18 @@ def _wrap_validate_spec_decode() -> None:
     @functools.wraps(original)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         from vllm_ext.config import is_ours
+        from vllm_ext.request_options import RequestOptionError, node_cap
 
         if not is_ours(speculative_config):
             original(self, speculative_config)
+            return
+        try:
+            node_cap(self.extra_args)
+        except RequestOptionError as error:
+            # The one kind of exception that the server answers with HTTP 400.
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(str(error)) from None
 
     setattr(_validate_spec_decode, _MARK, True)
     SamplingParams._validate_spec_decode = _validate_spec_decode

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from proposers import Mixture
+from proposers.mixture import Bias
 
 # Three kinds of context (token 0, 1, 2 comes last), two sources that differ in them.
 SHARP = {0: {10: 0.8, 11: 0.2}, 1: {12: 1.0}}
@@ -101,3 +102,42 @@ def test_nobody_knows(table_source) -> None:
     prediction = mixture.predict([5, 5], greedy=True)
     assert prediction.probs == {}
     mixture.learn(prediction, 3)
+
+
+def test_a_request_leans_on_what_its_own_text_follows(table_source) -> None:
+    """Half of the requests follow one source, half the other: common weights can't tell."""
+    first, second = table_source({0: {1: 1.0}}, 1.0), table_source({0: {2: 1.0}}, 1.0)
+    mixture = Mixture([first, second])
+    biases = {1: Bias(2), 2: Bias(2)}
+    for _ in range(150):
+        for token, bias in biases.items():
+            mixture.learn(mixture.predict([0, 0], greedy=True, bias=bias), token)
+    common = mixture.predict([0, 0], greedy=True).probs
+    assert common[1] == pytest.approx(common[2], abs=0.05)
+    for token, bias in biases.items():
+        probs = mixture.predict([0, 0], greedy=True, bias=bias).probs
+        assert probs[token] > 0.8
+        assert sum(probs.values()) <= 1.0 + 1e-9
+    fresh = mixture.predict([0, 0], greedy=True, bias=Bias(2)).probs
+    assert fresh == pytest.approx(common)
+
+
+def test_a_requests_factors_carry_over_to_other_buckets(table_source) -> None:
+    first, second = {0: {1: 1.0}, 5: {6: 1.0}}, {0: {2: 1.0}}
+    both = Mixture([table_source(first, 1.0), table_source(second, 1.0)])
+    bias = Bias(2)
+    before = both.predict([5, 5], greedy=True, bias=bias).probs[6]
+    for _ in range(30):
+        both.learn(both.predict([0, 0], greedy=True, bias=bias), 1)
+    assert both.predict([5, 5], greedy=True, bias=bias).probs[6] > before
+    assert both.predict([5, 5], greedy=True).probs[6] == pytest.approx(before)
+
+
+def test_a_predictable_text_raises_all_sources_and_not_beyond_one(table_source) -> None:
+    mixture = Mixture([table_source(SHARP, 0.5), table_source(BLUNT, 0.5)])
+    bias = Bias(2)
+    before = sum(mixture.predict([0, 0], True, bias).probs.values())
+    for _ in range(50):
+        mixture.learn(mixture.predict([0, 0], True, bias), 10)
+        assert sum(mixture.predict([0, 0], True, bias).probs.values()) <= 1.0 + 1e-9
+    assert sum(mixture.predict([0, 0], True, bias).probs.values()) > before

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import BigramRecycling, TrigramRecycling, VerifiedRows
-from proposers.recycling import WIDTH, merge_topk
+from proposers.merging import WIDTH, merge_topk
 
 Row = tuple[tuple[int, int], dict[int, float], int]
 

@@ -62,7 +62,9 @@ class MutantWorker(TreeCPUWorker):
         if name == "ancestor-mask":
             step_module.TreeRows.build = classmethod(_see_all)  # type: ignore[assignment]
         elif name == "positions":
-            step_module.TreeRows.build = classmethod(_sequential_positions)  # type: ignore
+            step_module.TreeRows.build = classmethod(  # type: ignore[assignment]
+                _sequential_positions
+            )
         elif name == "no-commit":
             runner_module.commit = lambda *args: None
         elif name == "wrong-slot":

@@ -217,6 +217,28 @@ def test_a_failing_drafter_costs_drafts_only(engines: tuple[Any, Any]) -> None:
     assert after["drafted_nodes"] > before["drafted_nodes"]
 
 
+def test_a_request_may_refuse_or_limit_drafts(engines: tuple[Any, Any]) -> None:
+    plain, ours = engines
+    requests = prompts(4, seed=61)
+    expected = texts(plain, requests, params(ignore_eos=True))
+
+    def drafted(**extra: Any) -> float:
+        before = ours.collective_rpc("tree_counters")[0]
+        assert texts(ours, requests, params(ignore_eos=True, extra_args=extra)) == expected
+        after = ours.collective_rpc("tree_counters")[0]
+        change = {name: after[name] - before[name] for name in after}
+        assert (change["capped_requests"] > 0) == bool(extra)
+        return change["drafted_nodes"] / change["request_steps"]
+
+    assert drafted() > 1.2
+    assert 0 < drafted(max_nodes="1") <= 1
+    assert drafted(speculation=False) == 0
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="max_nodes='x'"):
+        ours.generate(requests, params(extra_args={"max_nodes": "x"}), use_tqdm=False)
+
+
 def test_every_mutation_changes_the_text(engines: tuple[Any, Any]) -> None:
     """What exactness rests on, taken away one thing at a time."""
     plain, ours = engines
@@ -292,6 +314,80 @@ def test_adapters_get_their_own_text(tmp_path: Path) -> None:
     assert ours_with == with_adapter
     assert ours_without == without
     assert with_adapter[0] != without[0]
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model with a primed table and a datastore."""
+    import numpy as np
+
+    from proposers.datastore_build import build
+    from proposers.prime import PrimeTable
+    from vllm_ext.identity import tokenizer_hash
+    from vllm_ext.prime import identity_of
+
+    folder = tmp_path_factory.mktemp("resources")
+    model = make_tiny_model(folder / "model")
+    ids = np.arange(2 * 8, dtype=np.int32).reshape(-1, 8) % VOCAB
+    table = PrimeTable(np.arange(2, dtype=np.int32), ids, np.full((2, 8), 0.1, np.float32))
+    table.save(folder / "prime", identity_of(model))
+    (folder / "text.txt").write_text("the cat sat on the mat " * 9)
+    build(
+        [folder / "text.txt"],
+        folder / "store",
+        encode=lambda texts: [[ord(c) for c in text] for text in texts],
+        tokenizer=tokenizer_hash(model),
+        vocab_size=VOCAB,
+    )
+    return {"model": model, "prime": str(folder / "prime"), "datastore": str(folder / "store")}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("token_recycling", {}),
+        ("aded", {}),
+        ("rasd", {"datastore": True, "prime": True, "past_outputs_mib": 1}),
+        ("suffix_tree", {"past_outputs_mib": 1}),
+        ("copy", {}),
+        ("datastore", {"datastore": True}),
+        ("dyspec", {"sources": ["suffix", "copy", "store", "bigram", "failing"], "prime": True}),
+    ],
+)
+def test_every_method_gives_the_same_tokens(
+    engines: tuple[Any, Any],
+    resources: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    method: str,
+    options: dict[str, Any],
+) -> None:
+    # A package that is installed as far as Python can tell, in the worker's process as well.
+    package = tmp_path / "failing-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: failing\nVersion: 1.0\n")
+    entry = "[vllm_ext.sources]\nfailing = tests.vllm_ext.failing_source:Failing\n"
+    (package / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.mutants.MutantWorker")
+    named = {key: resources[key] if value is True else value for key, value in options.items()}
+    speculative = {"method": method, "max_nodes": 12, "adaptive": False, **named}
+    plain, _ = engines
+    engine = make_engine(resources["model"], speculative)
+    before = engine.collective_rpc("tree_counters")[0]  # engines of one process share counters
+    try:
+        requests = prompts(6, seed=71)
+        begun = texts(plain, requests, params(ignore_eos=True))
+        for request, (text,) in zip(requests, begun, strict=True):
+            request["prompt_token_ids"] += text  # the model goes round in circles: input to copy
+        for case in (params(ignore_eos=True), params(temperature=0.9, seed=3, ignore_eos=True)):
+            assert texts(engine, requests, case) == texts(plain, requests, case)
+        after = engine.collective_rpc("tree_counters")[0]
+        assert after["drafting_errors"] == before["drafting_errors"]
+        if method != "datastore":  # random bytes do not occur in its text
+            assert after["accepted_tokens"] > before["accepted_tokens"]
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.slow

@@ -82,12 +82,12 @@ ANCHORS = [
     # worker_cls is replaced only while it is "auto".
     ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", 'worker_cls == "auto"'),
     # On CUDA: graphs are chosen after the step's trees are known, before metadata is built; the GPU
-    # worker builds its runner by the hook; attention metadata is built per layer name.
+    # worker imports its runner class when it needs it; attention metadata is built per layer name.
     (f"{RUNNER}.execute_model", ") = self._determine_batch_execution_and_padding("),
     (f"{RUNNER}._determine_batch_execution_and_padding", "force_uniform_decode=force_uniform"),
     (
-        "vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner",
-        "self._make_model_runner()",
+        "vllm.v1.worker.gpu_worker:Worker",
+        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1",
     ),
     (f"{RUNNER}._build_attention_metadata", ".get_device_tensor(num_reqs_padded)"),
     # The walk on the device draws as the sampler does on a GPU: softmax over exponential noise, one

@@ -34,10 +34,35 @@ def test_bad_options_are_named_with_what_is_allowed(given: dict[str, Any], messa
     assert "num_speculative_tokens (default" in str(error.value)  # what is allowed
 
 
+def test_max_nodes_is_another_name() -> None:
+    assert parse_options(DYSPEC, {"max_nodes": 5}).num_speculative_tokens == 5
+    with pytest.raises(OptionError, match="are one option"):
+        parse_options(DYSPEC, {"max_nodes": 5, "num_speculative_tokens": 5})
+
+
+def test_a_required_option_is_asked_for() -> None:
+    with pytest.raises(OptionError, match=r"'datastore' is required.*datastore \(required\)"):
+        parse_options(METHODS["datastore"], {})
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_every_option_is_documented(method: Any) -> None:
     assert method.summary
     assert "arXiv" in method.paper
     for field in method.options.model_fields.values():
         assert field.description
-        assert not field.is_required()
+        assert not field.is_required() or method.name == "datastore"
+
+
+def test_no_method_of_vllm_is_taken_over() -> None:
+    pytest.importorskip("vllm")
+    from typing import get_args
+
+    from vllm.config import speculative
+
+    def flat(literal: Any) -> set[str]:
+        return {name for arg in get_args(literal) for name in (flat(arg) or {arg})}
+
+    theirs = flat(speculative.SpeculativeMethod)
+    assert "ngram" in theirs  # control: these are the names
+    assert not theirs & set(METHODS)

@@ -78,6 +78,40 @@ def test_metrics_show_vllms_counters_and_ours(server: Server) -> None:
     assert 0 < seconds < 60
 
 
+def test_a_request_switches_its_drafts_off_or_limits_them(server: Server) -> None:
+    body = {"prompt": "pqpqpqpqpqpqpqpqpqpqpqpq", "max_tokens": 60, "ignore_eos": True}
+
+    def drafted(xargs: dict[str, Any]) -> tuple[str, float]:
+        before = server.metric("vllm_ext:drafted_nodes_total")
+        text = server.complete(**body, vllm_xargs=xargs)["choices"][0]["text"]
+        return text, server.metric("vllm_ext:drafted_nodes_total") - before
+
+    plain, nodes = drafted({"speculation": "false"})
+    assert nodes == 0
+    assert drafted({"max_nodes": 0}) == (plain, 0)
+    assert drafted({"speculation": False}) == (plain, 0)
+    assert drafted({"max_nodes": "3"})[0] == plain
+    assert server.metric("vllm_ext:capped_requests_total") > 100
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"speculation": "perhaps"}, "speculation='perhaps'; give true or false"),
+        ({"max_nodes": -3}, "max_nodes=-3; give a whole number from 0"),
+        ({"max_nodes": [3]}, "max_nodes=[3]"),
+    ],
+)
+def test_nonsense_about_drafts_is_the_clients_error(
+    server: Server, xargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.complete(prompt="abc", vllm_xargs=xargs)
+    assert error.value.code == 400
+    assert message in error.value.read().decode()
+    assert server.complete(prompt="abc")["choices"]
+
+
 def test_shortest_and_longest_prompts(server: Server) -> None:
     short = server.complete(prompt=[5], max_tokens=3, ignore_eos=True)
     assert short["usage"] == {

@@ -3,7 +3,8 @@
 
 As on the CPU: (1) tree attention of a chain must equal the stock kernel, which reads the cache that
 the stock writer filled; (2) tree attention of a random tree must equal dense attention with an
-explicit mask in float64.  A wrong cache layout, mask or scale fails here, not in the text.
+explicit mask in float64.  A wrong cache layout, mask or scale fails here, not in the text.  The
+trees are of sizes that need every launch shape, so that none is compiled while requests wait.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from vllm_ext.worker.step import AttentionStep, Step, TreeRows
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 _TOLERANCE_FLOAT8 = 0.1
-_NODES = 12
+_CHAIN_NODES = 12
+_STACKED_ROWS = (16, 32, 64, 128)  # rows times heads of a group that the launch shapes differ by
+_BASES = (37, 300)  # one piece, and several
 _MANY_PROCESSORS = 1 << 16  # so that the longer contexts are split
 
 
@@ -40,8 +43,11 @@ def self_test(layer: Any, builder: Any, runner: Any) -> str | None:
     """
     quantised = layer.kv_cache.element_size() == 1
     tolerance = _TOLERANCE_FLOAT8 if quantised else _TOLERANCE[runner.dtype]
-    for index, tree in enumerate((_chain(), _random_tree(0), _random_tree(1))):
-        case = _Case(layer, runner, tree, base=37 + 263 * index)
+    group = layer.impl.num_heads // layer.impl.num_kv_heads
+    sizes = sorted({max(-(-stacked // group), 3) for stacked in _STACKED_ROWS})
+    trees = [_chain(), *(_random_tree(rows - 1) for rows in sizes)]
+    for index, tree in enumerate(trees):
+        case = _Case(layer, runner, tree, base=_BASES[index % 2])
         ours = case.tree_attention()
         expected = case.stock(builder) if tree.is_chain else case.dense()
         error = float((ours.double() - expected.double()).abs().max())
@@ -52,13 +58,13 @@ def self_test(layer: Any, builder: Any, runner: Any) -> str | None:
 
 
 def _chain() -> TokenTree:
-    return TokenTree.chain(list(range(_NODES)), [0.5] * _NODES)
+    return TokenTree.chain(list(range(_CHAIN_NODES)), [0.5] * _CHAIN_NODES)
 
 
-def _random_tree(seed: int) -> TokenTree:
-    rng = np.random.default_rng(seed)
-    parents = tuple(int(rng.integers(-1, node)) for node in range(_NODES))
-    return TokenTree(tuple(range(_NODES)), parents, (0.5,) * _NODES)
+def _random_tree(nodes: int) -> TokenTree:
+    rng = np.random.default_rng(nodes)
+    parents = tuple(int(rng.integers(-1, node)) for node in range(nodes))
+    return TokenTree(tuple(range(nodes)), parents, (0.5,) * nodes)
 
 
 def scratch_like(cache: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ runs, so that ``vllm-ext doctor`` can say what is missing on a machine without i
 
 import typer
 
-from vllm_ext.cli import bench, doctor, methods, model, verify
+from vllm_ext.cli import bench, datastore, doctor, methods, model, prime, verify
 
 app = typer.Typer(
     name="vllm-ext",
@@ -20,7 +20,9 @@ app.command("bench")(bench.command)
 app.command("verify", epilog=verify.EPILOG)(verify.command)
 app.command("doctor")(doctor.command)
 app.command("methods")(methods.command)
+app.command("prime")(prime.command)
 app.add_typer(model.app, name="model")
+app.add_typer(datastore.app, name="datastore")
 
 
 def main() -> None:

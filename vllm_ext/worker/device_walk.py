@@ -35,7 +35,7 @@ from proposers.tree import TokenTree
 from vllm_ext.worker.walk import WalkResult
 
 _GREEDY_BELOW = 1e-5  # vLLM's own limit on the temperature
-_CHUNK_ELEMENTS = 1 << 25  # logits handled at a time, 128 MiB in float32
+_CHUNK_ELEMENTS = 1 << 23  # logits handled at a time: 32 MiB in float32, of what vLLM left free
 
 
 def why_sequential(sampler: Any, metadata: Any) -> str | None:
@@ -192,7 +192,7 @@ class DeviceWalk:
         """Draw a token at every row, int64 [rows]."""
         vocab = logits.shape[1]
         sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        chunk = max(_CHUNK_ELEMENTS // vocab, 1)
+        chunk = chunk_rows(vocab)
         begin = 0
         for level, count in enumerate(layout.counts):
             noise = None if metadata.all_greedy else self._noise(level, vocab, metadata, layout)
@@ -276,6 +276,11 @@ def _follow(sampled: torch.Tensor, layout: _Layout) -> torch.Tensor:
         rows.append(child.index_select(0, rows[-1]))
     stacked = torch.stack(rows, dim=1)
     return torch.stack([sampled[stacked], stacked])
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows of logits to work on at a time; the copies of more would need memory that is taken."""
+    return max(_CHUNK_ELEMENTS // vocab, 1)
 
 
 def to_host(*tensors: torch.Tensor) -> list[NDArray[Any]]:

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from proposers.cost_model import CostModel
 from proposers.drafter import TreeDrafter
-from proposers.dyspec import DySpecOptions
-from proposers.recycling import WIDTH
+from proposers.merging import WIDTH
 from proposers.source import VerifiedRows
 from proposers.tree import TokenTree
-from vllm_ext.methods import DySpecConfig
+from vllm_ext.request_options import node_cap
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.step import Step
 from vllm_ext.worker.walk import WalkResult
@@ -45,24 +43,12 @@ class Drafting:
     """Owns the drafter of one engine and its per-request state.
 
     Args:
-        vocab_size: of the target.
-        options: the user's options.
-        cost: latency of a step by rows.
+        drafter: of the configured method.
         trees: whether branching trees can be verified; otherwise chains are drafted.
     """
 
-    def __init__(
-        self, vocab_size: int, options: DySpecConfig, cost: CostModel, trees: bool
-    ) -> None:
-        self.drafter = TreeDrafter(
-            vocab_size,
-            DySpecOptions(
-                max_nodes=options.num_speculative_tokens,
-                max_depth=options.max_depth,
-                min_prob=max(options.min_probability, 1e-6),
-            ),
-            cost,
-        )
+    def __init__(self, drafter: TreeDrafter, trees: bool) -> None:
+        self.drafter = drafter
         self.trees: dict[str, TokenTree] = {}
         self._branching = trees
         self._known: dict[str, int] = {}  # tokens that the drafter has of each request
@@ -190,7 +176,8 @@ class Drafting:
 def node_limit(state: Any, max_model_len: int, most: int) -> int:
     """Most nodes that a request's next tree may have.
 
-    Bounded by the tokens that it may still generate: the walk always adds one of its own.
+    Bounded by what the request itself asks for, and by the tokens that it may still generate: the
+    walk always adds one of its own.
 
     Args:
         state: vLLM's ``CachedRequestState``.
@@ -200,6 +187,9 @@ def node_limit(state: Any, max_model_len: int, most: int) -> int:
     params = state.sampling_params
     if getattr(params, "thinking_token_budget", None) is not None:
         return 0  # the budget's state machine reads drafts as a chain
+    cap = node_cap(params.extra_args)
+    if cap is not None:
+        most = min(most, cap)
     left = max_model_len - state.num_tokens
     if params.max_tokens is not None:
         left = min(left, params.max_tokens - len(state.output_token_ids))

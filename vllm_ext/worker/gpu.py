@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.distributed import get_tp_group
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from proposers.recycling import WIDTH
+from proposers.merging import WIDTH
 from vllm_ext import hooks
-from vllm_ext.worker.device_walk import DeviceWalk, to_host, why_sequential
+from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host, why_sequential
 from vllm_ext.worker.drafting import Candidates
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.runner import TreeRunnerMixin
@@ -76,7 +79,10 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         metadata = self.input_batch.sampling_metadata
         if not any(step.trees) or why_sequential(self.sampler, metadata) is not None:
             return super()._verify(logits, step)
-        ids, probs = top_candidates(logits, WIDTH)
+        chunk = chunk_rows(logits.shape[1])
+        begins = range(0, len(logits), chunk)
+        parts = [top_candidates(logits[row : row + chunk], WIDTH) for row in begins]
+        ids, probs = (torch.cat(part) for part in zip(*parts, strict=True))
         walked = DeviceWalk(logits, metadata, step.trees, step.starts)
         path, host_ids, host_probs = to_host(walked.path, ids, probs)
         return Candidates(host_ids, host_probs), walked.finish(path)
@@ -89,13 +95,15 @@ class TreeGPUModelRunner(TreeGPURunnerMixin, GPUModelRunner):
 class TreeGPUWorker(Worker):
     """CUDA worker that runs :class:`TreeGPUModelRunner` with tree-aware attention backends."""
 
-    def _make_model_runner(self) -> Any:
+    def init_device(self) -> None:
+        """Stock, with our runner and attention backends in place."""
         hooks.require(TreeGPUModelRunner.touched)
         if importlib.util.find_spec("triton") is not None:
             from vllm_ext.attention.cuda import register_tree_backends
 
             register_tree_backends()
-        return TreeGPUModelRunner(self.vllm_config, self.device)
+        with _runner_class(TreeGPUModelRunner):
+            super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
         """Stock; then check tree attention on this machine and measure the cost of rows."""
@@ -113,11 +121,23 @@ class TreeGPUWorker(Worker):
 
     def _set_up_trees(self) -> str | None:
         """Why branching trees are refused, the same on every rank."""
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        from vllm_ext.attention.cuda_setup import set_up_tree_attention
+        reason: str | None = "Triton is not installed"
+        if importlib.util.find_spec("triton") is not None:
+            from vllm_ext.attention.cuda_setup import set_up_tree_attention
 
-        return agreed(set_up_tree_attention(self.model_runner))
+            reason = set_up_tree_attention(self.model_runner)
+        return agreed(reason)
+
+
+@contextmanager
+def _runner_class(runner: type) -> Iterator[None]:
+    """Put ``runner`` where the stock worker imports its runner class from."""
+    original = gpu_model_runner.GPUModelRunner
+    gpu_model_runner.GPUModelRunner = runner
+    try:
+        yield
+    finally:
+        gpu_model_runner.GPUModelRunner = original
 
 
 def agreed(reason: str | None) -> str | None:

@@ -31,6 +31,9 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("accepted_tokens", "tree nodes accepted"),
     ("emitted_tokens", "tokens emitted, the walk's own included"),
     ("drafting_seconds", "seconds spent on learning from a step and drafting the next"),
+    ("paused_steps", "steps after which nothing was drafted, because lately it has not paid"),
+    ("pauses", "how often drafting was paused or taken up again"),
+    ("capped_requests", "requests, summed over steps, that limited or refused drafts themselves"),
     ("drafting_errors", "steps whose drafting failed and was given up; see the log"),
     ("chain_fallbacks", "scheduled drafts that were not a prefix of a proposed tree"),
 )

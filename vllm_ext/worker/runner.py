@@ -28,7 +28,9 @@ from vllm.v1.worker import gpu_model_runner
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext import hooks
+from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
+from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
@@ -73,15 +75,15 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
+        self._resources = load_resources(
+            self._options, self.model_config, self.vllm_config.load_config.download_dir
+        )
         self._drafting = self._new_drafting()
 
     def _new_drafting(self: Any) -> Drafting:
-        return Drafting(
-            self.model_config.get_vocab_size(),
-            self._options,
-            self._timer.cost,
-            trees=self.trees_refused is None,
-        )
+        self._switches = 0
+        drafter = build_drafter(self._method, self._options, self._resources, self._timer.cost)
+        return Drafting(drafter, trees=self.trees_refused is None)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
         """Log what is in place, in one line."""
@@ -158,7 +160,7 @@ class TreeRunnerMixin:
                 step.attention,
                 walked.paths,
                 self.compilation_config.static_forward_context,
-                self._slot_mappings_by_layer(step),
+                self._slot_mappings_by_layer(),
             )
         return SamplerOutput(
             # On the host, where the bookkeeping reads them: on a GPU they would come back at once.
@@ -248,6 +250,7 @@ class TreeRunnerMixin:
         )
         drafting.propose(ready, limits, unfinished)
         self._prune_forbidden(drafting.trees, request_ids)
+        self._count_decisions(drafting, ready)
         return drafting.trees
 
     def _prune_forbidden(
@@ -322,13 +325,23 @@ class TreeRunnerMixin:
         """Requests whose generator must not advance; the stock runner rolls GPU generators back."""
         return []
 
-    def _slot_mappings_by_layer(self: Any, step: Step) -> dict[str, torch.Tensor]:
+    def _slot_mappings_by_layer(self: Any) -> dict[str, torch.Tensor]:
         """Slots of the batch's rows, by layer name."""
         mappings = {}
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
             slots = self.input_batch.block_table[gid].slot_mapping.gpu
             mappings.update(dict.fromkeys(group.layer_names, slots))
         return mappings
+
+    def _count_decisions(self: Any, drafting: Drafting, request_ids: Sequence[str]) -> None:
+        """Update the counters of what was decided about drafting."""
+        gate, counters = drafting.drafter.gate, self._counters
+        if gate is not None:
+            counters.add("paused_steps", float(not gate.is_open))
+            counters.add("pauses", gate.switches - self._switches)
+            self._switches = gate.switches
+        extras = (self.requests[r].sampling_params.extra_args for r in request_ids)
+        counters.add("capped_requests", sum(node_cap(extra) is not None for extra in extras))
 
     def _count(self: Any, tokens: Any, seconds: float) -> None:
         """Update the counters after one step."""

@@ -137,9 +137,8 @@ def test_prompt_chunks_stay_on_the_stock_kernel() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("window", [-1, 40])
-def test_self_test_passes(window: int) -> None:
-    assert self_test(make_layer(window), StockBuilder(), RUNNER) is None
+def test_self_test_passes_with_a_window() -> None:
+    assert self_test(make_layer(window=40), StockBuilder(), RUNNER) is None
 
 
 @pytest.mark.interpreter

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker import gpu_model_runner
 
 from proposers.tree import TokenTree
 from tests.vllm_ext.worker.test_device_walk import metadata
@@ -135,6 +136,13 @@ def test_which_walk(
     assert isinstance(walked, WalkResult)
     expected = [[5, 5] if tree.tokens else [5] for tree in trees.values()]
     assert walked.tokens == expected
+
+
+def test_our_runner_is_in_place_while_the_worker_makes_one() -> None:
+    stock = gpu_model_runner.GPUModelRunner
+    with gpu._runner_class(Runner):
+        assert gpu_model_runner.GPUModelRunner is Runner
+    assert gpu_model_runner.GPUModelRunner is stock
 
 
 @pytest.mark.parametrize("reasons", [[None, None], [None, "no shared memory"]])

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether to draft at all: a switch with hysteresis over what drafts promise.
+
+The cost model decides step by step, on measured and therefore noisy latencies. Near break-even it
+would switch back and forth, paying for drafting without gaining from drafts. The gate looks at the
+running mean g of the promised relative gain,
+
+    closed -> open    when g >= OPEN_AT
+    open   -> closed  when g <  CLOSE_AT < OPEN_AT
+
+and a closed gate asks for a trial draft every `PROBE_EVERY` steps only, so that a server under load
+spends nothing on drafts that do not pay.
+"""
+
+from __future__ import annotations
+
+OPEN_AT = 0.02
+CLOSE_AT = 0.005
+PROBE_EVERY = 8
+_MEMORY_OPEN = 32.0
+_MEMORY_CLOSED = 3.0
+
+
+class Gate:
+    """Open at first, with the benefit of the doubt.
+
+    Attributes:
+        is_open: whether drafts are used.
+        switches: how often that has changed.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self.switches = 0
+        self._gain = OPEN_AT
+        self._rows = 0
+        self._waited = 0
+
+    def wants_draft(self, base_rows: int) -> bool:
+        """Whether to grow trees for a step of `base_rows` rows besides the drafts.
+
+        A batch that has halved or doubled since the last decision is another question: its first
+        step is always tried.
+        """
+        if self.is_open:
+            return True
+        self._waited += 1
+        changed = not self._rows / 2 < base_rows < self._rows * 2
+        return changed or self._waited >= PROBE_EVERY
+
+    def decide(self, gain: float, base_rows: int) -> bool:
+        """Take the promised gain of the trees that were grown (0 if no node pays).
+
+        Args:
+            gain: expected tokens per second with the drafts over those without, less 1.
+            base_rows: as in `wants_draft`.
+
+        Returns:
+            Whether to use the trees.
+        """
+        self._rows, self._waited = base_rows, 0
+        memory = _MEMORY_OPEN if self.is_open else _MEMORY_CLOSED
+        self._gain += (gain - self._gain) / memory
+        if self._gain < CLOSE_AT if self.is_open else self._gain >= OPEN_AT:
+            self.is_open = not self.is_open
+            self.switches += 1
+        return self.is_open

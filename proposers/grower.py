@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What turns sources into trees: the interface that the drafter grows its trees through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from proposers.cost_model import CostModel
+from proposers.source import Source
+from proposers.tree import ROOT, TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Draftee:
+    """A request that wants a tree.
+
+    Attributes:
+        request: its id.
+        greedy: whether the target takes its most probable token rather than a sample.
+        chain: only a path without branches can be verified.
+        limit: most nodes; 0 wants none.
+    """
+
+    request: str
+    greedy: bool
+    chain: bool
+    limit: int
+
+
+def cut(
+    trees: Sequence[TokenTree],
+    cost: CostModel,
+    *,
+    base_rows: int,
+    base_tokens: float,
+    most: int,
+) -> list[TokenTree]:
+    """The best nodes of a batch of finished trees, as many as pay.
+
+    Args:
+        trees: nodes of each by falling probability.
+        cost: latency by rows.
+        base_rows: rows of the step without drafts.
+        base_tokens: tokens that the step yields without drafts.
+        most: nodes over all trees.
+    """
+    order = sorted((-p, index) for index, tree in enumerate(trees) for p in tree.probs)[:most]
+    search = cost.search(base_rows, base_tokens, len(order))
+    for negative, _ in order:
+        search.add(-negative)
+    kept = [0] * len(trees)
+    for _, index in order[: search.size]:
+        kept[index] += 1
+    return [tree.prefix(n) for tree, n in zip(trees, kept, strict=True)]
+
+
+def ordered(
+    tokens: Sequence[int], parents: Sequence[int], probs: Sequence[float], limit: int
+) -> TokenTree:
+    """The `limit` most probable nodes, best first; no node is more probable than its parent."""
+    order = sorted(range(len(tokens)), key=lambda node: (-probs[node], node))[:limit]
+    place = {node: i for i, node in enumerate(order)}
+    return TokenTree(
+        tuple(tokens[node] for node in order),
+        tuple(ROOT if parents[node] == ROOT else place[parents[node]] for node in order),
+        tuple(probs[node] for node in order),
+    )
+
+
+class Grower(Protocol):
+    """Grows the trees of a batch. Its sources know the requests; it keeps what it predicted."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources it asks; the drafter tells them of requests and of verified rows."""
+
+    def grow(
+        self,
+        draftees: Sequence[Draftee],
+        cost: CostModel,
+        *,
+        base_rows: int,
+        base_tokens: float,
+    ) -> list[TokenTree]:
+        """One tree per draftee, cut where more nodes would not pay.
+
+        Args:
+            draftees: the batch.
+            cost: latency by rows.
+            base_rows: rows of the step without drafts.
+            base_tokens: tokens that the step yields without drafts.
+        """
+
+    def learn(self, request: str, tokens: Sequence[int]) -> None:
+        """Compare a request's latest prediction with the tokens it committed; called before its
+        sources are told of them.
+        """
+
+    def stop(self, request: str) -> None:
+        """Forget a request; unknown ones are ignored."""

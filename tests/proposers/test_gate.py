@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hysteresis on a simulated machine whose latencies are noisy and near break-even."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter
+from proposers.gate import PROBE_EVERY, Gate
+
+VOCAB = 50
+ACCEPTED = 0.5
+
+
+def simulate(table_source, row_cost: float, steps: int, gate: Gate | None, seed: int) -> dict:
+    """Decode on a machine where a node costs `row_cost` steps and is accepted every second time."""
+    rng = np.random.default_rng(seed)
+    truth = [(1, 1.0), (2, 1.0 + row_cost), (3, 1.0 + 2 * row_cost)]
+    cost = CostModel([(r, s * rng.uniform(0.95, 1.05)) for r, s in truth])
+    drafter = TreeDrafter(
+        VOCAB,
+        DySpecOptions(max_nodes=1),
+        cost,
+        [table_source({1: {2: 1.0}}, odds=ACCEPTED / (1 - ACCEPTED))],
+        gate=gate,
+    )
+    drafter.start("r", [1], greedy=True)
+    drafting, seconds, tokens, calls = [], 0.0, 0, 0
+    for _ in range(steps):
+        (tree,) = drafter.propose(["r"])
+        took = float(np.interp(1 + len(tree), *zip(*truth, strict=True)))
+        hit = rng.random() < ACCEPTED
+        emitted = ([2] if hit else [3]) if not len(tree) or not hit else [2, 5]
+        cost.record(1 + len(tree), took * rng.uniform(0.9, 1.1))
+        drafter.extend("r", emitted)
+        drafter.start("r", [1], greedy=True)
+        drafting.append(len(tree) > 0)
+        seconds += took
+        tokens += len(emitted)
+        calls += len(tree) > 0
+    flips = sum(a != b for a, b in pairwise(drafting))
+    return {"flips": flips, "rate": tokens / seconds, "share": sum(drafting) / steps}
+
+
+def test_it_does_not_oscillate_near_break_even(table_source) -> None:
+    """A row costs what it brings: without the gate the decision flips with the noise."""
+    free = sum(
+        simulate(table_source, ACCEPTED * 0.98, 1500, None, seed)["flips"] for seed in range(6)
+    )
+    gated = sum(
+        simulate(table_source, ACCEPTED * 0.98, 1500, Gate(), seed)["flips"] for seed in range(6)
+    )
+    assert free > 100  # control: the simulation does tempt it
+    assert gated < free / 2
+
+
+def test_it_never_costs_where_drafts_do_not_pay(table_source) -> None:
+    for seed in range(4):
+        result = simulate(table_source, 0.8, 1500, Gate(), seed)
+        assert result["rate"] > 0.98
+        assert result["share"] < 0.1
+
+
+def test_it_drafts_where_drafts_pay(table_source) -> None:
+    for seed in range(4):
+        result = simulate(table_source, 0.1, 600, Gate(), seed)
+        assert result["rate"] > 1.25
+        assert result["share"] > 0.95
+
+
+def test_thresholds_and_probes() -> None:
+    gate = Gate()
+    assert gate.wants_draft(4)
+    steps = 0
+    while gate.decide(0.0, 4):
+        steps += 1
+    assert 20 < steps < 100  # some steps without a promise do not close it
+    waits = [gate.wants_draft(4) for _ in range(PROBE_EVERY)]
+    assert waits == [False] * (PROBE_EVERY - 1) + [True]
+    assert not gate.decide(0.01, 4)  # between the thresholds it stays as it is
+    assert not gate.wants_draft(4)
+    assert gate.wants_draft(1)  # another batch is another question
+    assert gate.decide(0.5, 1)
+    for _ in range(200):
+        assert gate.decide(0.01, 1)  # and so it does when open
+    assert gate.switches == 2
+
+
+def test_a_closed_gate_asks_no_source(table_source) -> None:
+    gate = Gate()
+    source = table_source({1: {2: 1.0}})
+    drafter = TreeDrafter(
+        VOCAB, DySpecOptions(), CostModel([(1, 1.0), (2, 9.0)]), [source], gate=gate
+    )
+    drafter.start("r", [1], greedy=True)
+    while gate.is_open:
+        drafter.propose(["r"])
+    asked: list[int] = []
+    original = source.candidates
+    source.candidates = lambda state: (asked.append(state), original(state))[1]
+    for _ in range(PROBE_EVERY - 1):
+        assert drafter.propose(["r"]) == [TokenTree.EMPTY]
+    assert asked == []
+    drafter.propose(["r"])
+    assert asked != []
+    assert gate.switches == 1
+
+
+def test_requests_that_want_no_draft_do_not_close_it(table_source) -> None:
+    gate = Gate()
+    drafter = TreeDrafter(
+        VOCAB, DySpecOptions(), CostModel([(1, 1.0), (99, 1.0)]),
+        [table_source({1: {2: 1.0}})], gate=gate,
+    )  # fmt: skip
+    drafter.start("r", [1], greedy=True)
+    for _ in range(200):
+        assert drafter.propose(["r"], max_nodes=[0]) == [TokenTree.EMPTY]
+    assert gate.is_open
+    assert len(drafter.propose(["r"])[0]) == 1

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From options to drafters: every method drafts, and what cannot be used is refused or left out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from proposers import CostModel, VerifiedRows
+from proposers.datastore import DatastoreError
+from proposers.prime import PrimeError, PrimeTable
+from proposers.registry import RegistrationError
+from vllm_ext.build import BUILT_IN, build_drafter, check_resources, load_resources
+from vllm_ext.identity import IdentityError, model_hash, tokenizer_hash
+from vllm_ext.methods import METHODS, OptionError, parse_options
+from vllm_ext.prime import identity_of, table_path
+
+VOCAB = 300
+PLUGIN = Path(__file__).parents[2] / "examples" / "source_plugin"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder that looks like a model, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return SimpleNamespace(model=str(folder), revision=None, get_vocab_size=lambda: VOCAB)
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: Any) -> Path:
+    pytest.importorskip("pydivsufsort", reason="building needs vllm-ext[datastore]")
+    from proposers.datastore_build import build
+
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    build(
+        [tmp_path / "a.txt"],
+        tmp_path / "store",
+        encode=lambda texts: [[ord(c) for c in text] for text in texts],
+        tokenizer=tokenizer_hash(Path(model.model)),
+        vocab_size=VOCAB,
+    )
+    return tmp_path / "store"
+
+
+def table() -> PrimeTable:
+    return PrimeTable(
+        np.array([ord("t")], np.int32),
+        np.array([[ord("h")]], np.int32),
+        np.array([[0.9]], np.float32),
+    )
+
+
+def drafter(model: Any, method: str, **given: Any) -> Any:
+    options = parse_options(METHODS[method], {"adaptive": False, **given})
+    check_resources(options, model, None)
+    resources = load_resources(options, model, None)
+    return build_drafter(method, options, resources, CostModel([(1, 1.0), (999, 1.0)]))
+
+
+def text(string: str) -> list[int]:
+    return [ord(c) for c in string]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_drafts_a_repetition_or_what_was_seen(
+    model: Any, store: Path, method: str
+) -> None:
+    given = {"datastore": str(store)} if method == "datastore" else {}
+    made = drafter(model, method, **given)
+    made.start("r", text("the dog, the cat, the d"), greedy=True)
+    rows = VerifiedRows(
+        np.array([text("ed"), text("he")], np.int64),
+        np.array([text("oa"), text(" n")], np.int64),
+        np.array([[0.9, 0.05], [0.9, 0.05]], np.float32),
+        np.zeros(2, np.int64),
+    )
+    for token in text("og, the"):
+        made.observe(rows)
+        (tree,) = made.propose(["r"])
+        tree.validate()
+        made.extend("r", [token])
+    (tree,) = made.propose(["r"])
+    assert tree.tokens[0] == ord(" ")
+    made.stop("r")
+
+
+def test_what_the_user_named_is_checked_before_the_engine_starts(
+    model: Any, store: Path, tmp_path: Path
+) -> None:
+    cases: list[tuple[dict[str, Any], type[ValueError], str]] = [
+        ({"sources": ["suffix", "nobody"]}, OptionError, "unknown source 'nobody'; there are suff"),
+        ({"datastore": str(tmp_path / "absent")}, DatastoreError, "cannot be read"),
+        ({"prime": str(tmp_path / "absent")}, PrimeError, "cannot be read"),
+    ]
+    for given, error, message in cases:
+        with pytest.raises(error, match=message):
+            drafter(model, "dyspec", **given)
+    drafter(model, "dyspec", sources=list(BUILT_IN), datastore=str(store), prime="off")
+    (Path(model.model) / "tokenizer.json").write_text("{ }")
+    with pytest.raises(DatastoreError, match="another tokenizer"):
+        drafter(model, "dyspec", datastore=str(store))
+
+
+def first_draft(model: Any, **given: Any) -> tuple[int, ...]:
+    made = drafter(model, "dyspec", **given)
+    made.start("r", text("xt"), greedy=True)
+    return made.propose(["r"])[0].tokens
+
+
+def test_a_primed_table_is_found_in_the_cache(model: Any) -> None:
+    assert first_draft(model) == ()
+    identity = identity_of(Path(model.model))
+    table().save(table_path(identity), identity)
+    assert first_draft(model) == (ord("h"),)
+    assert first_draft(model, prime="off") == ()
+    (Path(model.model) / "model.safetensors").write_bytes(b"others!")
+    assert first_draft(model) == ()  # other weights, another table
+
+
+def test_a_broken_table_in_the_cache_costs_one_warning(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = table_path(identity_of(Path(model.model)))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"nonsense" * 9)
+    with caplog.at_level(logging.INFO, "vllm.vllm_ext"):
+        assert first_draft(model) == ()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "unprimed" in caplog.text
+    with pytest.raises(PrimeError):
+        first_draft(model, prime=str(path))  # named by the user: refused
+
+
+def test_a_foreign_table_is_refused_when_named(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "foreign"
+    table().save(path, {"model": "other", "tokenizer": "other"})
+    with pytest.raises(PrimeError, match="made for model 'other'"):
+        first_draft(model, prime=str(path))
+
+
+def test_a_model_that_is_not_here_is_not_primed(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent = SimpleNamespace(**{**vars(model), "model": "nobody/nothing-at-all"})
+    assert first_draft(absent) == ()
+    assert caplog.records == []
+    with pytest.raises(IdentityError, match="neither a folder nor"):
+        first_draft(absent, prime="/some/file")
+
+
+def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
+    def folder(name: str, weights: bytes) -> Path:
+        made = tmp_path / name
+        made.mkdir()
+        (made / "model.safetensors").write_bytes(weights)
+        return made
+
+    big = bytes(5_000_000)
+    same = [model_hash(folder(name, big)) for name in "ab"]
+    assert same[0] == same[1]
+    for i, changed in enumerate((big + b"x", b"x" + big[1:], big[:-1] + b"x")):
+        assert model_hash(folder(f"c{i}", changed)) != same[0]
+    with pytest.raises(IdentityError, match="holds no weights"):
+        model_hash(tmp_path)
+    with pytest.raises(IdentityError, match="holds no tokenizer"):
+        tokenizer_hash(tmp_path / "a")
+
+
+# -- sources of other packages -------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example package, as if it were installed."""
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    monkeypatch.delitem(sys.modules, "repeat_source", raising=False)
+    entry = EntryPoint("repeat", "repeat_source:RepeatSource", "vllm_ext.sources")
+    monkeypatch.setattr("proposers.registry.entry_points", lambda group: [entry])
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_example_source_takes_part(model: Any) -> None:
+    made = drafter(model, "dyspec", sources=["repeat"], min_probability=0.001)
+    made.start("r", [5, 6], greedy=True)
+    assert made.propose(["r"])[0].tokens == (5, 6)
+    with pytest.raises(OptionError, match=r"there are suffix, .*, repeat"):
+        drafter(model, "dyspec", sources=["repeats"])
+
+
+def test_a_source_that_does_not_conform_is_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = EntryPoint("odd", "collections:OrderedDict", "vllm_ext.sources")
+    monkeypatch.setattr("proposers.registry.entry_points", lambda group: [entry])
+    with pytest.raises(RegistrationError, match="source 'odd' breaks the contract"):
+        drafter(model, "dyspec", sources=["odd"])
+    drafter(model, "dyspec")  # others are not affected
+
+
+def test_the_example_package_names_what_it_holds() -> None:
+    import tomllib
+
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())
+    assert project["project"]["entry-points"]["vllm_ext.sources"] == {
+        "repeat": "repeat_source:RepeatSource"
+    }

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-ext prime``: compute a model's bigram table once, so that drafting starts warm."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_ext.cli import engines, environment
+from vllm_ext.cli.options import Model
+from vllm_ext.cli.progress import Advance, progress
+
+if TYPE_CHECKING:
+    from proposers.prime import PrimeTable
+
+WIDTH = 8
+_BATCH = 256
+
+
+def command(
+    model: Model,
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, help="How many tokens: those with the lowest ids, the most frequent."),
+    ] = 12288,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.  [default: the user's cache]")
+    ] = None,
+    anchor: Annotated[
+        int | None,
+        typer.Option(help="Token id before each token.  [default: end or beginning of text]"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="As in vLLM.  [default: the fastest on this machine]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a table that exists.")] = False,
+) -> None:
+    """Ask MODEL what follows each frequent token and keep the answers for drafting.
+
+    Engines with our methods find the table in the cache (option `prime`).
+    """
+    engines.require_vllm()
+    from vllm_ext.identity import IdentityError, local_folder
+    from vllm_ext.prime import identity_of, table_path
+
+    model = engines.model_argument(model)
+    try:
+        identity = identity_of(local_folder(_downloaded(model)))
+    except IdentityError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    path = out or table_path(identity)
+    if path.exists() and not force:
+        typer.echo(f"{path} exists; --force makes it again")
+        return
+    begin = time.monotonic()
+    table = compute(model, tokens=tokens, anchor=anchor, dtype=dtype or environment.fast_dtype())
+    table.save(path, identity)
+    typer.echo(f"{path}: {len(table)} tokens in {time.monotonic() - begin:.0f} s")
+
+
+def compute(model: str, *, tokens: int, anchor: int | None, dtype: str) -> PrimeTable:
+    """The table of the `tokens` lowest ids, from an engine that lives only for this."""
+    # Nothing else runs meanwhile: no core is kept free for a server.
+    settings = engines.engine_env(cuda=environment.has_cuda())
+    for name, value in {**settings, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    options = engines.llm_options(
+        model=model, dtype=dtype, max_model_len=64, eager=None, cuda=environment.has_cuda()
+    )
+    llm = LLM(**options, max_num_seqs=_BATCH, max_num_batched_tokens=2 * _BATCH)
+    try:
+        vocab = llm.llm_engine.model_config.get_vocab_size()
+        first = anchor if anchor is not None else default_anchor(llm.get_tokenizer())
+        wanted = range(min(tokens, vocab))
+        with progress("priming", total=len(wanted)) as advance:
+            return ask(llm, first, wanted, advance)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def default_anchor(tokenizer: Any) -> int:
+    """A token that may stand before any text: the end of another one, else its own beginning."""
+    for name in ("<|endoftext|>", tokenizer.eos_token, tokenizer.bos_token):
+        if name is not None:
+            found = tokenizer.convert_tokens_to_ids(name)
+            if isinstance(found, int) and found != tokenizer.unk_token_id:
+                return found
+    return 0
+
+
+def ask(llm: Any, anchor: int, tokens: Sequence[int], advance: Advance) -> PrimeTable:
+    """What the target says after `anchor` and each of `tokens`."""
+    import numpy as np
+    from vllm import SamplingParams
+
+    from proposers.prime import PrimeTable
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=WIDTH, detokenize=False)
+    ids = np.zeros((len(tokens), WIDTH), np.int32)
+    probs = np.zeros((len(tokens), WIDTH), np.float32)
+    for begin in range(0, len(tokens), 4 * _BATCH):
+        part = tokens[begin : begin + 4 * _BATCH]
+        requests = [{"prompt_token_ids": [anchor, token]} for token in part]
+        for row, output in enumerate(llm.generate(requests, params, use_tqdm=False), start=begin):
+            (found,) = output.outputs[0].logprobs
+            best = sorted(found.items(), key=lambda item: -item[1].logprob)[:WIDTH]
+            ids[row, : len(best)] = [token for token, _ in best]
+            probs[row, : len(best)] = [np.exp(said.logprob) for _, said in best]
+        advance(len(part), "")
+    # Rounding of the target's own arithmetic may carry a sum above 1.
+    probs /= np.maximum(probs.sum(axis=1, keepdims=True), 1.0)
+    return PrimeTable(np.array(tokens, np.int32), ids, probs)
+
+
+def _downloaded(model: str) -> str:
+    """`model`, fetched if it is a Hugging Face name that is not on this machine yet."""
+    if not Path(model).is_dir():
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(model)
+    return model
