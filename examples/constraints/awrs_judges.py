@@ -71,9 +71,10 @@ def pattern_matching(folder: Path) -> list[Task]:
     """Write a string that matches a regular expression; masks where xgrammar compiles it.
 
     In the prompt's examples each answer moves to a line of its own: behind ``Output:`` a model
-    writes a space first, which most of the expressions forbid.
+    writes a space first, which most of the expressions forbid. Tasks with and without a mask take
+    turns as long as there are both, so that the first few hold both.
     """
-    return [
+    tasks = [
         Task(
             row["id"],
             row["prompt"].replace("\nOutput: ", "\nOutput:\n") + "\n",
@@ -87,6 +88,10 @@ def pattern_matching(folder: Path) -> list[Task]:
         )
         for row in suite.read_rows(folder / "dev.jsonl")
     ]
+    with_mask = [task for task in tasks if task.mask_spec is not None]
+    without = [task for task in tasks if task.mask_spec is None]
+    pairs = [task for pair in zip(with_mask, without, strict=False) for task in pair]
+    return pairs + with_mask[len(without) :] + without[len(with_mask) :]
 
 
 def judge_pattern(text: str, expression: str) -> Verdict:

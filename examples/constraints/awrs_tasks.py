@@ -146,6 +146,28 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def methods_of(task: Task) -> list[str]:
+    """Return the methods that can take a task."""
+    return [m for m in (*SINGLE, "smc") if m != "masking" or task.mask_spec is not None]
+
+
+def key_of(name: str, task: Task, method: str) -> str:
+    """Return the key of a run in the journal."""
+    return f"{name}:{task.id}:{method}"
+
+
+def finished(
+    name: str, tasks: Sequence[Task], entries: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the runs of the tasks of a suite that all of their methods have taken."""
+    keys = {task.id: {m: key_of(name, task, m) for m in methods_of(task)} for task in tasks}
+    return {
+        task: {method: entries[key] for method, key in runs.items()}
+        for task, runs in keys.items()
+        if all(key in entries for key in runs.values())
+    }
+
+
 def compare(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Summarise a suite: over all tasks, and over those that masks can express.
 
@@ -252,6 +274,9 @@ def main(
     particles: Annotated[int, typer.Option(min=2)] = 5,
     dtype: Annotated[str, typer.Option()] = "float32",
     seed: Annotated[int, typer.Option()] = 0,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Report the journal of a run that was cut off.")
+    ] = False,
 ) -> None:
     """Answer tasks under constraints and judge the answers."""
     settings = {
@@ -263,15 +288,14 @@ def main(
     journal = suite.Journal(out.with_suffix(".journal.jsonl"), settings)
     chosen = {name: SUITES[name](data / name)[: tasks or None] for name in suites.split(",")}
     wanted = [
-        (f"{name}:{task.id}:{method}", task, method)
+        (key_of(name, task, method), task, method)
         for position in range(max(map(len, chosen.values())))
         for name, some in chosen.items()
         for task in some[position : position + 1]
-        for method in (*SINGLE, "smc")
-        if method != "masking" or task.mask_spec is not None
+        for method in methods_of(task)
     ]
     missing = [piece for piece in wanted if piece[0] not in journal]
-    if missing:
+    if missing and not report_only:
         llm = suite.open_engine(
             model, dtype=dtype, max_model_len=2048, max_num_seqs=particles, line_ends_text=True
         )
@@ -284,17 +308,7 @@ def main(
                 journal.add(key, run)
                 bar.advance(bar_task)
     results = {
-        name: compare(
-            {
-                task.id: {
-                    method: journal.entries[key]
-                    for method in (*SINGLE, "smc")
-                    if (key := f"{name}:{task.id}:{method}") in journal
-                }
-                for task in some
-            }
-        )
-        for name, some in chosen.items()
+        name: compare(finished(name, some, journal.entries)) for name, some in chosen.items()
     }
     result = {
         "environment": suite.environment(model, dtype),

@@ -79,3 +79,19 @@ def test_masking_is_compared_on_its_own_tasks_only(tmp_path: Path) -> None:
     assert "AWRS-SMC, 5 particles" in text
     awrs_tasks.plot({"suite": groups}, 5, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_a_report_holds_only_tasks_that_every_method_has_taken() -> None:
+    spec = Spec("regex", "a")
+    tasks = [
+        Task(name, "", spec, mask, 1, lambda _: Verdict(True, True))
+        for name, mask in (("masked", spec), ("half", spec), ("unmasked", None))
+    ]
+    keys = ["masked:masking", "masked:awrs", "masked:smc", "half:awrs", "half:smc"]
+    keys += ["unmasked:awrs", "unmasked:smc"]
+    entries = {f"s:{key}": run(answer(True, 0.0)) for key in keys}
+    found = awrs_tasks.finished("s", tasks, entries)
+    assert {task: set(runs) for task, runs in found.items()} == {
+        "masked": {"masking", "awrs", "smc"},
+        "unmasked": {"awrs", "smc"},
+    }
