@@ -16,6 +16,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from importlib.metadata import entry_points
 from threading import Lock, local
 from typing import Any
 
@@ -26,6 +27,7 @@ from logits_processors.request import ConstraintRequest, Request, parse_request
 ATTRIBUTE = "vllm_ext_admission"
 """Where vLLM's ``InputProcessor`` holds its :class:`Admission`."""
 
+GROUP = "vllm.logits_processors"
 _MARK = "_vllm_ext_wrapped"
 _REMEMBERED = 1024
 _CHILDREN = 4
@@ -73,6 +75,7 @@ class Admission:
     def __init__(self, vllm_config: Any) -> None:
         from logits_processors.vllm_batch import read_options
 
+        self._has_processor = _has_processor(vllm_config)
         self._config = vllm_config
         self._limits, _ = read_options(vllm_config)
         self._patience = _PATIENCE + 2 * self._limits.compile_seconds
@@ -137,6 +140,11 @@ class Admission:
         from vllm_ext.config import is_ours
 
         config = self._config
+        if not self._has_processor:
+            return (
+                "this engine has no constraint processor: the entry point of vllm-ext in the "
+                f"group {GROUP!r} is missing from the installed metadata; install vllm-ext again"
+            )
         if config.model_config.skip_tokenizer_init:
             return "constraints need the tokenizer, which this engine was told to skip"
         speculative = config.speculative_config
@@ -207,3 +215,13 @@ _BUSY = (
     "too many constraints are waiting to be compiled; send the request again in a while, or "
     "constraints that are simpler"
 )
+
+
+def _has_processor(vllm_config: Any) -> bool:
+    """Tell whether vLLM will load our processor: as an entry point, or because it was named."""
+    from logits_processors.vllm_entry import LogitsProcessor
+
+    target = f"{LogitsProcessor.__module__}:{LogitsProcessor.__qualname__}"
+    named = vllm_config.model_config.logits_processors or ()
+    offered = [entry.value for entry in entry_points(group=GROUP)]
+    return LogitsProcessor in named or target in (*named, *offered)

@@ -65,6 +65,19 @@ def vetted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def test_an_engine_without_the_processor_refuses(
+    vetted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text without the constraint that was asked for is not an option."""
+    monkeypatch.setattr(module, "entry_points", lambda **_: ())
+    with pytest.raises(VLLMValidationError, match="install vllm-ext again"):
+        Admission(config()).check(asks(constraint_regex="a"))
+    named = config()
+    named.model_config.logits_processors = ["logits_processors.vllm_entry:LogitsProcessor"]
+    Admission(named).check(asks(constraint_regex="a"))
+    assert vetted == ["a"]
+
+
 def test_a_verdict_is_reached_once(vetted: list[str]) -> None:
     admission = Admission(config())
     for _ in range(3):
