@@ -63,13 +63,14 @@ class Mirostat:
 
     def keep(self, surprise: NDArray[np.float64], mu: float) -> NDArray[np.bool_]:
         """Return ``bool[V]``: which tokens may be drawn under the cap ``mu``, at least one."""
-        order = np.argsort(surprise, kind="stable")
         if self.version == 2:
-            count = int((surprise <= mu).sum())
-        else:
-            count = int(min(_zipf_rank(surprise[order], mu), surprise.size - 1)) + 1
+            kept: NDArray[np.bool_] = surprise <= mu
+            kept[np.argmin(surprise)] = True
+            return kept
+        order = np.argsort(surprise, kind="stable")
+        count = int(min(_zipf_rank(surprise[order], mu), surprise.size - 1)) + 1
         kept = np.zeros(surprise.size, dtype=bool)
-        kept[order[: max(1, count)]] = True
+        kept[order[:count]] = True
         return kept
 
     def update(self, mu: float, surprise: float) -> float:

@@ -31,6 +31,11 @@ class V1Processor(LogitsProcessor):
         self.idle: Collection[int] = ()
         self._rows: dict[int, _Row] = {}
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any request of the batch is ours."""
+        return bool(self._rows)
+
     def is_argmax_invariant(self) -> bool:
         """False: constraints change the most probable token."""
         return False

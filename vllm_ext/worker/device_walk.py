@@ -77,7 +77,7 @@ def _is_idle(processor: Any) -> bool:
     if type(processor) is MinPLogitsProcessor:
         return not processor.min_p_count
     if type(processor) is V1Processor:
-        return not processor._rows
+        return not processor.in_use
     return False
 
 
