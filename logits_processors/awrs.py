@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from .constraint import Constraint
 from .law import SamplingLaw, logsumexp
-from .race import arrival_times, ascending, uniforms
+from .race import arrival_times, ascending, log_exponentials, uniforms
 from .sampler import Checker, Draw, Sampler, State, constrained_argmax, dead_end
 
 Estimator: TypeAlias = Literal["recursive", "two_loop", "geometric"]
@@ -84,29 +84,35 @@ class Awrs(Sampler[State]):
         log_probs = self._law.log_probs(logits)
         checker = Checker(state.constraint, logits.size, self._max_rejects)
 
-        def noise(stream: int, count: int = logits.size) -> _Floats:
-            return uniforms(state.seed, state.position, count, attempt=state.attempt, stream=stream)
+        key = (state.seed, state.position)
 
-        times = arrival_times(log_probs, noise(0))
+        def race(stream: int) -> _Floats:
+            noise = log_exponentials(*key, logits.size, attempt=state.attempt, stream=stream)
+            return arrival_times(log_probs, noise)
+
+        def gaps(stream: int, count: int) -> _Floats:
+            return uniforms(*key, count, attempt=state.attempt, stream=stream)
+
+        times = race(0)
         token, rejected = _race(times, checker)
         if token is None:
             return dead_end(checker)
         if self._estimator == "recursive":
             log_weight = _recursive(log_probs, times, token, rejected, checker)
         elif self._estimator == "two_loop":
-            again = arrival_times(log_probs, noise(1))
+            again = race(1)
             again[rejected] = np.inf
             rejects = len(rejected) + len(_race(again, checker)[1])
             log_weight = _log_rest(log_probs, rejected) - math.log(rejects + 1)
         else:
             draws = _Replacement(log_probs)
-            draws.add(rejected, token, noise(1, len(rejected) + 1))
+            draws.add(rejected, token, gaps(1, len(rejected) + 1))
             for loop in range(1, self._max_accepts):
-                again = arrival_times(log_probs, noise(2 * loop))
+                again = race(2 * loop)
                 again[draws.rejected] = np.inf
                 accepted, rejected = _race(again, checker)
                 assert accepted is not None  # the first token is still in the race
-                draws.add(rejected, accepted, noise(2 * loop + 1, len(rejected) + 1))
+                draws.add(rejected, accepted, gaps(2 * loop + 1, len(rejected) + 1))
             log_weight = math.log(self._max_accepts - 1) - math.log(draws.count - 1)
         return Draw(token, min(0.0, log_weight), checker.checks, checker.used_mask)
 

@@ -7,10 +7,13 @@ constraint, in the order and with the ties of vLLM's own sampler: temperature, t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .vectors import exp_
 
 _NUCLEUS_GUESS = 512
 
@@ -18,9 +21,9 @@ _NUCLEUS_GUESS = 512
 def logsumexp(values: NDArray[np.float64]) -> float:
     """Return ``log(sum(exp(values)))``; ``-inf`` for no mass, the largest value if not finite."""
     top = float(values.max(initial=-np.inf))
-    if not np.isfinite(top):
+    if not math.isfinite(top):
         return top
-    return top + float(np.log(np.exp(values - top).sum()))
+    return top + math.log(exp_(values - top).sum())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from .bitmask import unpack
 from .constraint import Constraint
 from .law import SamplingLaw, logsumexp
-from .race import arrival_times, uniforms
+from .race import arrival_times, log_exponentials
 from .sampler import Draw, Sampler, State, constrained_argmax
 
 
@@ -44,6 +44,6 @@ class Masking(Sampler[State]):
         log_mass = logsumexp(scores)
         if log_mass == -math.inf:
             return Draw(None, -math.inf, used_mask=True)
-        noise = uniforms(state.seed, state.position, logits.size, attempt=state.attempt)
+        noise = log_exponentials(state.seed, state.position, logits.size, attempt=state.attempt)
         token = int(np.argmin(arrival_times(scores, noise)))
         return Draw(token, min(0.0, log_mass), used_mask=True)

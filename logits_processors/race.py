@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from .vectors import log_
+
 _FIRST_CHUNK = 64
 _CHUNK_GROWTH = 8
 
@@ -24,7 +26,17 @@ _CHUNK_GROWTH = 8
 def uniforms(
     seed: int, position: int, count: int, *, attempt: int = 0, stream: int = 0
 ) -> NDArray[np.float64]:
-    """Return ``float64[count]`` uniforms in the open interval (0, 1).
+    """Return ``float64[count]`` uniforms in the open interval (0, 1); arguments as below."""
+    bits: NDArray[np.uint64] = _philox(seed, position, attempt, stream).random_raw(count)
+    # The half step keeps both ends out, so that no logarithm meets a zero.
+    noise: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return noise
+
+
+def log_exponentials(
+    seed: int, position: int, count: int, *, attempt: int = 0, stream: int = 0
+) -> NDArray[np.float64]:
+    """Return the logarithms ``float64[count]`` of independent draws from ``Exp(1)``.
 
     Args:
         seed: any integer; its low 64 bits count.
@@ -33,13 +45,15 @@ def uniforms(
         attempt: restarts of the same request use fresh noise.
         stream: independent noises within one step.
     """
-    bits: NDArray[np.uint64] = np.random.Philox(
+    philox = _philox(seed, position, attempt, stream)
+    return log_(np.random.Generator(philox).standard_exponential(count))
+
+
+def _philox(seed: int, position: int, attempt: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(
         counter=np.array([0, 0, attempt, stream], dtype=np.uint64),
         key=np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64),
-    ).random_raw(count)
-    # The half step keeps both ends out, so that no logarithm below meets a zero.
-    noise: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return noise
+    )
 
 
 def arrival_times(
@@ -49,27 +63,27 @@ def arrival_times(
 
     Args:
         log_probs: ``float64[V]``, up to a constant; ``-inf`` never arrives (``+inf``).
-        noise: ``float64[V]`` uniforms in (0, 1).
+        noise: ``float64[V]``, of :func:`log_exponentials`.
     """
-    log_exponentials: NDArray[np.float64] = np.log(-np.log(noise))
-    return log_exponentials - log_probs
+    return noise - log_probs
 
 
 def ascending(keys: NDArray[np.float64]) -> Iterator[int]:
     """Yield indices of the finite ``keys`` in order of ``(key, index)``.
 
-    Sorting is lazy: most callers stop after a few of many thousand.
+    Sorting is lazy, in growing chunks: most callers stop after one or two of many thousand.
     """
-    done, chunk = -np.inf, _FIRST_CHUNK
-    while True:
-        left = np.flatnonzero((keys > done) & (keys < np.inf))
-        if left.size == 0:
-            return
-        if left.size > chunk:
-            bound = np.partition(keys[left], chunk - 1)[chunk - 1]
-            left = left[keys[left] <= bound]
+    left = keys.copy()
+    found = (
+        np.argmin(left, keepdims=True) if np.min(left, initial=np.inf) < np.inf else np.array([])
+    )
+    chunk = _FIRST_CHUNK
+    while found.size:
+        yield from found.tolist()
+        left[found] = np.inf
+        last = min(chunk, left.size) - 1
+        bound = np.partition(left, last)[last]
+        found = np.flatnonzero((left <= bound) & (left < np.inf))
         # flatnonzero is ascending and the sort stable: equal keys stay in index order.
-        for index in left[np.argsort(keys[left], kind="stable")]:
-            yield int(index)
-        done = float(keys[left].max())
+        found = found[np.argsort(left[found], kind="stable")]
         chunk *= _CHUNK_GROWTH

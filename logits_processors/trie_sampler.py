@@ -18,7 +18,7 @@ from .bitmask import unpack
 from .constraint import Constraint
 from .law import SamplingLaw
 from .prefix_trie import Node, PrefixTrie, bound_children
-from .race import arrival_times, uniforms
+from .race import arrival_times, log_exponentials
 from .sampler import Sampler, State
 
 
@@ -125,5 +125,5 @@ class TrieSampler(Sampler[TrieState]):
 
     @staticmethod
     def _race(state: TrieState, scores: NDArray[np.float64]) -> int:
-        noise = uniforms(state.seed, state.position, scores.size, attempt=state.attempt)
+        noise = log_exponentials(state.seed, state.position, scores.size, attempt=state.attempt)
         return int(np.argmin(arrival_times(scores, noise)))

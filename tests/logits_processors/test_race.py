@@ -5,18 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from logits_processors.race import arrival_times, ascending, uniforms
+from logits_processors.race import arrival_times, ascending, log_exponentials, uniforms
 
 
-def test_noise_depends_on_every_coordinate_and_on_nothing_else():
-    base = uniforms(7, 3, 1000)
-    np.testing.assert_array_equal(base, uniforms(7, 3, 1000))
-    np.testing.assert_array_equal(base[:10], uniforms(7, 3, 10))
+@pytest.mark.parametrize("draw", [uniforms, log_exponentials])
+def test_noise_depends_on_every_coordinate_and_on_nothing_else(draw):
+    base = draw(7, 3, 1000)
+    np.testing.assert_array_equal(base, draw(7, 3, 1000))
+    np.testing.assert_array_equal(base[:10], draw(7, 3, 10))
     others = [
-        uniforms(8, 3, 1000),
-        uniforms(7, 4, 1000),
-        uniforms(7, 3, 1000, attempt=1),
-        uniforms(7, 3, 1000, stream=1),
+        draw(8, 3, 1000),
+        draw(7, 4, 1000),
+        draw(7, 3, 1000, attempt=1),
+        draw(7, 3, 1000, stream=1),
     ]
     for other in others:
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.15
@@ -30,12 +31,18 @@ def test_noise_is_uniform_on_the_open_interval():
     assert stats.kstest(noise**1.05, "uniform").pvalue < 1e-3  # the test can fail
 
 
+def test_race_noise_is_exponential():
+    noise = np.concatenate([np.exp(log_exponentials(seed, 0, 1000)) for seed in range(40)])
+    assert stats.kstest(noise, "expon").pvalue > 1e-3
+    assert stats.kstest(noise**1.05, "expon").pvalue < 1e-3  # the test can fail
+
+
 @pytest.mark.parametrize("power", [1.0, 0.8])
 def test_first_two_arrivals_are_a_draw_without_replacement(power):
     p = np.array([0.5, 0.3, 0.15, 0.05])
     counts = np.zeros((4, 4))
     for seed in range(8000):
-        order = ascending(arrival_times(power * np.log(p), uniforms(seed, 0, 4)))
+        order = ascending(arrival_times(power * np.log(p), log_exponentials(seed, 0, 4)))
         counts[next(order), next(order)] += 1
     expected = p[:, None] * p[None, :] / (1.0 - p[:, None])
     off = ~np.eye(4, dtype=bool)
@@ -46,7 +53,7 @@ def test_first_two_arrivals_are_a_draw_without_replacement(power):
 
 
 def test_impossible_tokens_never_arrive():
-    times = arrival_times(np.array([-np.inf, 0.0, -np.inf]), uniforms(0, 0, 3))
+    times = arrival_times(np.array([-np.inf, 0.0, -np.inf]), log_exponentials(0, 0, 3))
     assert list(ascending(times)) == [1]
 
 
