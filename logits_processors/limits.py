@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from .constraint import ConstraintError
 
+STARVED = 4.0
+"""Seconds on the wall per second of processor time after which a compilation counts as hanging."""
+
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 
 
@@ -22,7 +25,7 @@ class Limits:
     Attributes:
         max_bytes: length of its source in UTF-8.
         max_depth: nesting of brackets in its source.
-        compile_seconds: wall-clock time of its compilation, in the vetting process.
+        compile_seconds: processor time of its compilation, in the vetting process.
         compile_memory_mb: memory that its compilation may add, in the vetting process.
         check_seconds: time of one step of the constraint while generating.
     """

@@ -3,8 +3,9 @@
 
 A short grammar can keep an engine busy for hours (nested repetitions, ambiguous recursion) or
 exhaust its memory, and a thread inside C++ cannot be stopped. So a constraint is first compiled in
-a child process that is killed when its time is up; what passed there is then compiled again, in
-bounded time, where it is needed. A few tokens are walked as well, because some grammars compile at
+a child process that dies when its processor time is up (on a busy machine the clock on the wall
+would refuse honest constraints); what passed there is then compiled again, in bounded time, where
+it is needed. A few tokens are walked as well, because some grammars compile at
 once and explode at the first token. The child stays for the next constraint.
 """
 
@@ -14,6 +15,7 @@ import base64
 import json
 import resource
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ import numpy as np
 
 from .bitmask import unpack
 from .constraint import CompiledConstraint, ConstraintError, ConstraintRuntimeError
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, STARVED, Limits
 from .race import uniforms
 from .vocabulary import Vocabulary
 
@@ -67,13 +69,14 @@ class Vetter:
             if self._child is not None and self._child.poll() is not None:
                 self.close()  # it died between two checks, which says nothing about this one
             child = self._child or self._start()
-            reply = self._ask(child, {"kind": kind, "source": source}, self._limits.compile_seconds)
+            seconds = STARVED * self._limits.compile_seconds
+            reply = self._ask(child, {"kind": kind, "source": source}, seconds)
         if reply is None:
             raise ConstraintError(
                 f"{kind}: the compilation did not finish within {self._limits.compile_seconds} s "
-                f"and {self._limits.compile_memory_mb} MB (limits compile_seconds, "
-                "compile_memory_mb); "
-                "simplify nested repetitions and ambiguous recursion"
+                f"of processor time and {self._limits.compile_memory_mb} MB (limits "
+                "compile_seconds, compile_memory_mb); simplify nested repetitions and ambiguous "
+                "recursion"
             )
         if reply["error"]:
             raise ConstraintError(reply["error"])
@@ -147,10 +150,14 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         error = ""
+        # The signal's own action ends the process, inside C++ too.
+        signal.setitimer(signal.ITIMER_PROF, limits.compile_seconds)
         try:
             _rehearse(compile_constraint(Spec(**request), vocabulary, limits))
         except (ConstraintError, ConstraintRuntimeError) as refusal:
             error = str(refusal)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
         if _OUT_OF_MEMORY in error:
             sys.exit(1)
         print(json.dumps({"error": error}), flush=True)

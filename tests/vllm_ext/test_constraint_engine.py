@@ -32,6 +32,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "lark": {"constraint_lark": 'start: "x" /[0-9]{1,6}/ "y"'},
     "regex": {"constraint_regex": "[ab]{2,30}c"},
     "regex_partial": {"constraint_regex_partial": r"([a-z])\1[0-9]{1,9}\1"},
+    "structural_tag": {
+        "constraint_structural_tag": json.dumps(
+            {
+                "type": "structural_tag",
+                "format": {
+                    "type": "tag",
+                    "begin": "<n>",
+                    "content": {"type": "json_schema", "json_schema": {"type": "integer"}},
+                    "end": "</n>",
+                },
+            }
+        )
+    },
     "predicate": {"constraint_predicate": "even", "constraint_argument": "02468"},
 }
 METHODS = ("awrs", "masking", "asap", "cars")

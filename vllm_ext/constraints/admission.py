@@ -22,6 +22,7 @@ from typing import Any
 
 from logits_processors.compilation import Spec
 from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
+from logits_processors.limits import STARVED
 from logits_processors.request import ConstraintRequest, Request, parse_request
 
 ATTRIBUTE = "vllm_ext_admission"
@@ -78,7 +79,7 @@ class Admission:
         self._has_processor = _has_processor(vllm_config)
         self._config = vllm_config
         self._limits, _ = read_options(vllm_config)
-        self._patience = _PATIENCE + 2 * self._limits.compile_seconds
+        self._patience = _PATIENCE + 2 * STARVED * self._limits.compile_seconds
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(_CHILDREN, thread_name_prefix="vllm-ext-admission")
         self._own = local()  # of each thread: its child process
