@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What constraints cost per step, and what the processor costs those who do not use it.
 
-Two engines stand side by side: one as installed, one for which the entry point of our logits
-processor is hidden. They take turns on the same prompts. On the first, constrained requests take
-turns with plain ones. A token is timed by the wall clock of a whole batch over its steps, so
+Three engines stand side by side: one as installed, and two for which the entry point of our logits
+processor is hidden. They take turns on the same prompts; the two equal ones are the control, which
+shows how far apart engines measure for no reason. On the first, constrained requests take turns
+with plain ones. A token is timed by the wall clock of a whole batch over its steps, so
 scheduling, tokenization of the answer and Python are in it.
 
 ::
@@ -19,8 +20,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,8 @@ def main() -> None:
     args = parser.parse_args()
     with _offered() as folder:
         full = _engine(args, hidden=None)
-        bare = _engine(args, hidden=folder)
-        idle = [_idle(bare, full, batch, args) for batch in args.batch]
+        bare, control = _engine(args, hidden=folder), _engine(args, hidden=folder)
+        idle = [_idle(bare, full, control, batch, args) for batch in args.batch]
         costs = [
             _cost(full, name, keys, batch, args)
             for batch in args.batch
@@ -158,33 +160,38 @@ def _timed(engine: Any, batch: int, keys: dict[str, Any] | None, args: argparse.
     return seconds / args.max_tokens
 
 
-def _alternate(
-    first: Callable[[], float], second: Callable[[], float], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Measure two things in turns, after one round that does not count."""
-    pairs = []
+def _alternate(measures: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Measure things in turns, each round in another order; the first round does not count."""
+    found: list[list[float]] = [[] for _ in measures]
     for i in range(rounds + 1):
-        one, two = (first(), second()) if i % 2 else tuple(reversed((second(), first())))
-        pairs.append((one, two))
-    return [one for one, _ in pairs[1:]], [two for _, two in pairs[1:]]
+        turn = [(i + j) % len(measures) for j in range(len(measures))]
+        for j in turn if i % 2 else reversed(turn):
+            found[j].append(measures[j]())
+    return [values[1:] for values in found]
 
 
-def _idle(bare: Any, full: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    without, having = _alternate(
-        lambda: _timed(bare, batch, None, args),
-        lambda: _timed(full, batch, None, args),
-        args.rounds,
+def _idle(
+    bare: Any, full: Any, control: Any, batch: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    engines = (bare, full, control)
+    without, having, again = _alternate(
+        [partial(_timed, engine, batch, None, args) for engine in engines], args.rounds
     )
-    return {"batch": batch, **_compare(without, having)}
+    return {
+        "batch": batch,
+        **_compare(without, having),
+        "control": _compare(without, again),
+        "ratio_to_both": suite.mean_spread(
+            [2 * b / (a + c) for a, b, c in zip(without, having, again, strict=True)]
+        ),
+    }
 
 
 def _cost(
     engine: Any, name: str, keys: dict[str, Any], batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     plain, constrained = _alternate(
-        lambda: _timed(engine, batch, None, args),
-        lambda: _timed(engine, batch, keys, args),
-        args.rounds,
+        [partial(_timed, engine, batch, asked, args) for asked in (None, keys)], args.rounds
     )
     return {"case": name, "batch": batch, **_compare(plain, constrained)}
 
@@ -200,9 +207,23 @@ def _compare(base: list[float], other: list[float]) -> dict[str, Any]:
 
 def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
     idle = suite.markdown_table(
-        ["batch", "step without it, ms", "step with it idle, ms", "ratio (mean, 95%)"],
         [
-            [r["batch"], f"{r['base_ms']:.2f}", f"{r['ms']:.2f}", suite.show_mean(r["ratio"], 3)]
+            "batch",
+            "step without it, ms",
+            "step with it idle, ms",
+            "ratio (mean, 95%)",
+            "control: a second engine without it, ratio",
+            "ratio to the mean of both without it",
+        ],
+        [
+            [
+                r["batch"],
+                f"{r['base_ms']:.2f}",
+                f"{r['ms']:.2f}",
+                suite.show_mean(r["ratio"], 3),
+                suite.show_mean(r["control"]["ratio"], 3),
+                suite.show_mean(r["ratio_to_both"], 3),
+            ]
             for r in result["idle"]
         ],
     )
