@@ -90,6 +90,13 @@ def test_streams_and_several_texts(server: Server) -> None:
     assert len(several.constraint) == 4  # type: ignore[attr-defined]
 
 
+def test_a_stream_with_parameters_that_do_not_go_together_gets_400(server: Server) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(server, {"constraint_regex": REGEX}, stream=True, presence_penalty=0.5)
+    assert error.value.code == 400
+    assert json.load(error.value)["error"]["param"] == "presence_penalty"
+
+
 def test_greedy_json_is_that_of_structured_outputs(server: Server) -> None:
     ours = ask(server, {"constraint_json_schema": SCHEMA}, temperature=0)
     vllms = server.complete(prompt="abc", structured_outputs={"json": json.loads(SCHEMA)}, seed=3)
@@ -121,10 +128,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_bad_and_hostile_requests_get_400(server: Server, name: str) -> None:
+def test_bad_and_hostile_requests_get_400(server: Server, name: str, stream: bool) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
-        ask(server, HOSTILE[name])
+        ask(server, HOSTILE[name], stream=stream)
     assert error.value.code == 400
     message = json.load(error.value)["error"]["message"]
     assert "constraint" in message or "extra_args" in message
@@ -133,7 +141,7 @@ def test_bad_and_hostile_requests_get_400(server: Server, name: str) -> None:
 
 async def _mixed(server: Server, count: int) -> list[str]:
     """What became of ``count`` concurrent requests of every kind."""
-    from openai import APIError, AsyncOpenAI
+    from openai import AsyncOpenAI, BadRequestError
 
     client = AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
     kinds: list[dict[str, Any] | None] = [
@@ -169,7 +177,7 @@ async def _mixed(server: Server, count: int) -> list[str]:
                     return "hung up"
                 for record in getattr(chunk, "constraint", None) or []:
                     state = record["state"]
-        except APIError as error:  # vLLM reports what it refuses of a stream inside the stream
+        except BadRequestError as error:
             return "refused" if "constraint_ebnf" in str(error) else str(error)
         return state
 

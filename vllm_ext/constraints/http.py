@@ -14,14 +14,17 @@ import math
 import uuid
 from argparse import Namespace
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import VLLMValidationError
 
 from logits_processors.request import PREFIXES
 from logits_processors.session import Record
+from logits_processors.vllm_params import check_params
 from vllm_ext.constraints.admission import ATTRIBUTE
 from vllm_ext.constraints.records import RPC, merge_replies
 
@@ -137,12 +140,28 @@ async def _refusal(request: dict[str, Any], engine: Any) -> JSONResponse | None:
     if admission is not None:
         try:
             await admission.prepare(request["vllm_xargs"])
+            if request.get("stream"):
+                # vLLM answers 200 before it validates a stream; ours are refused here instead.
+                params = _params(request)
+                check_params(params)
+                admission.check(params)
         except TimeoutError as error:
             return _error(503, "ServiceUnavailableError", "vllm_xargs", str(error))
+        except VLLMValidationError as error:
+            return _error(400, "BadRequestError", error.parameter, str(error))
     return None
 
 
-def _error(code: int, kind: str, parameter: str, message: str) -> JSONResponse:
+def _params(request: dict[str, Any]) -> SimpleNamespace:
+    """Return what our checks read of sampling parameters, as far as the body says it."""
+    given = {name: value for name, value in request.items() if value is not None}
+    if not isinstance(given.setdefault("n", 1), int):
+        given["n"] = 1  # not a number: vLLM's business
+    given.setdefault("temperature", None)
+    return SimpleNamespace(**{**given, "extra_args": request["vllm_xargs"]})
+
+
+def _error(code: int, kind: str, parameter: str | None, message: str) -> JSONResponse:
     error = {"message": message, "type": kind, "param": parameter, "code": code}
     return JSONResponse({"error": error}, code)
 

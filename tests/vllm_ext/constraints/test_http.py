@@ -10,11 +10,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from vllm.exceptions import VLLMValidationError
 
 from logits_processors.session import Record
 from vllm_ext.constraints.admission import ATTRIBUTE
@@ -320,6 +322,41 @@ def test_constraints_are_vetted_before_vllm_validates() -> None:
     assert (busy.status_code, busy.json()["error"]["message"]) == (503, "busy")
     assert [keys["constraint_regex"] for keys in asked] == ["a", "slow"]
     assert len(client.seen) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [
+        ({"vllm_xargs": {"constraint_regx": "a"}}, "extra_args"),
+        ({"vllm_xargs": {"constraint_regex": "bad"}}, "extra_args.constraint_regex"),
+        ({"vllm_xargs": {"constraint_regex": "a"}, "min_p": 0.1}, "min_p"),
+        ({"vllm_xargs": {"constraint_regex": "a", "constraint_seed": 1}, "n": 2}, "n"),
+    ],
+)
+def test_streams_are_refused_before_they_begin(body: dict[str, Any], parameter: str) -> None:
+    class Admission:
+        async def prepare(self, arguments: Any) -> None:
+            pass
+
+        def check(self, params: Any) -> None:
+            if params.extra_args["constraint_regex"] == "bad":
+                raise VLLMValidationError("no", parameter="extra_args.constraint_regex")
+
+    engine = Engine()
+    setattr(engine.input_processor, ATTRIBUTE, Admission())
+    client = serve(plain, engine)
+    answer = client.post("/v1/completions", json={**body, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, parameter)
+    # Without a stream vLLM itself refuses, and knows more about parameters.
+    assert client.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("odd", [{"n": "two"}, {"n": None}, {"temperature": None}, {"min_p": None}])
+def test_odd_values_in_a_stream_are_left_to_vllm(odd: dict[str, Any]) -> None:
+    engine = Engine()
+    setattr(engine.input_processor, ATTRIBUTE, Mock(prepare=AsyncMock()))
+    body = {**odd, "stream": True, "vllm_xargs": {"constraint_regex": "a", "constraint_seed": 1}}
+    assert serve(plain, engine).post("/v1/completions", json=body).status_code == 200
 
 
 def test_the_route_hands_out_records() -> None:
