@@ -76,7 +76,7 @@ class Admission:
     def __init__(self, vllm_config: Any) -> None:
         from logits_processors.vllm_batch import read_options
 
-        self._has_processor = _has_processor(vllm_config)
+        self._processors = _count_processors(vllm_config)
         self._config = vllm_config
         self._limits, _ = read_options(vllm_config)
         self._patience = _PATIENCE + 2 * STARVED * self._limits.compile_seconds
@@ -141,7 +141,13 @@ class Admission:
         from vllm_ext.config import is_ours
 
         config = self._config
-        if not self._has_processor:
+        if self._processors > 1:
+            return (
+                "this engine loads the constraint processor of vllm-ext more than once, and each "
+                "would edit the other's rows: leave it out of --logits-processors, its entry point "
+                f"in the group {GROUP!r} is enough (and is offered by one distribution only)"
+            )
+        if not self._processors:
             return (
                 "this engine has no constraint processor: the entry point of vllm-ext in the "
                 f"group {GROUP!r} is missing from the installed metadata; install vllm-ext again"
@@ -218,11 +224,11 @@ _BUSY = (
 )
 
 
-def _has_processor(vllm_config: Any) -> bool:
-    """Tell whether vLLM will load our processor: as an entry point, or because it was named."""
+def _count_processors(vllm_config: Any) -> int:
+    """Return how often vLLM will load our processor: as an entry point, or because it was named."""
     from logits_processors.vllm_entry import LogitsProcessor
 
     target = f"{LogitsProcessor.__module__}:{LogitsProcessor.__qualname__}"
     named = vllm_config.model_config.logits_processors or ()
     offered = [entry.value for entry in entry_points(group=GROUP)]
-    return LogitsProcessor in named or target in (*named, *offered)
+    return sum(each in (LogitsProcessor, target) for each in (*named, *offered))

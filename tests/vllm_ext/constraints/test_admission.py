@@ -78,6 +78,26 @@ def test_an_engine_without_the_processor_refuses(
     assert vetted == ["a"]
 
 
+@pytest.mark.parametrize("named", ["class", "name", "entry point"])
+def test_a_processor_that_is_loaded_twice_is_refused(
+    monkeypatch: pytest.MonkeyPatch, vetted: list[str], named: str
+) -> None:
+    """Two of them would edit one row one after the other, and neither would know."""
+    from logits_processors.vllm_entry import LogitsProcessor
+
+    name = "logits_processors.vllm_entry:LogitsProcessor"
+    once = SimpleNamespace(value=name)
+    monkeypatch.setattr(module, "entry_points", lambda **_: (once,))
+    engine = config()
+    Admission(engine).check(asks(constraint_regex="a"))
+    if named == "entry point":
+        monkeypatch.setattr(module, "entry_points", lambda **_: (once, once))
+    else:
+        engine.model_config.logits_processors = [LogitsProcessor if named == "class" else name]
+    with pytest.raises(VLLMValidationError, match="more than once"):
+        Admission(engine).check(asks(constraint_regex="a"))
+
+
 def test_a_verdict_is_reached_once(vetted: list[str]) -> None:
     admission = Admission(config())
     for _ in range(3):
