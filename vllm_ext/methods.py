@@ -38,8 +38,9 @@ _MIN_PROBABILITY: Any = Field(
 )
 _PRIME: Any = Field(
     default="auto",
-    description="bigram table of `vllm-ext prime`: auto (from the cache, if it is there), off, or "
-    "the path of a file",
+    description="bigram table of `vllm-ext prime`: auto (from the cache, if it is there), "
+    "background (so too, and a server that finds none makes it while idle), off, or the path of a "
+    "file",
 )
 _DATASTORE: Any = Field(
     default=None, description="folder of a datastore of `vllm-ext datastore build`"

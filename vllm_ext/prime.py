@@ -2,7 +2,8 @@
 """Where primed tables lie, and which one an engine uses (see `proposers.prime`).
 
 ``vllm-ext prime`` writes the table of a model into the user's cache under the model's hash; an
-engine whose option ``prime`` is "auto" looks there. Priming is never worth a failed start: what
+engine whose option ``prime`` is "auto" looks there, and so does one that is to make it in the
+background (`vllm_ext.background`). Priming is never worth a failed start: what
 cannot be used is left out with one warning. A path that the user names is checked before the engine
 starts.
 """
@@ -10,8 +11,11 @@ starts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from proposers.prime import PrimeError, PrimeTable
 from vllm_ext.identity import (
@@ -23,7 +27,16 @@ from vllm_ext.identity import (
 )
 
 AUTO = "auto"
+BACKGROUND = "background"
 OFF = "off"
+
+WIDTH = 8
+"""Successors kept of each token."""
+
+DEFAULT_TOKENS = 12288
+"""Tokens asked about: those with the lowest ids, the most frequent."""
+
+_CACHED = (AUTO, BACKGROUND)
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -46,7 +59,7 @@ def load_for_engine(option: str, model_config: Any, download_dir: str | None) ->
     """The table that an engine drafts from at first, or `None`; warns instead of failing.
 
     Args:
-        option: "auto", "off" or a path.
+        option: "auto", "background", "off" or a path.
         model_config: vLLM's `ModelConfig` of the target.
         download_dir: where vLLM keeps downloaded models, if not in the default place.
     """
@@ -55,7 +68,7 @@ def load_for_engine(option: str, model_config: Any, download_dir: str | None) ->
     try:
         return _load(option, model_config, download_dir)
     except (IdentityError, PrimeError, OSError) as error:
-        if option != AUTO or not isinstance(error, IdentityError):
+        if option not in _CACHED or not isinstance(error, IdentityError):
             logger.warning("vllm-ext: drafting starts unprimed: %s", error)
         return None
 
@@ -67,15 +80,44 @@ def check_path(option: str, model_config: Any, download_dir: str | None) -> None
         PrimeError: if it cannot be read, is no table, or belongs to another model.
         IdentityError: if the model is not on this machine, so that nothing can be compared.
     """
-    if option not in (AUTO, OFF):
+    if option not in (*_CACHED, OFF):
         _load(option, model_config, download_dir)
+
+
+def default_anchor(tokenizer: Any) -> int:
+    """A token that may stand before any text: the end of another one, else its own beginning."""
+    for name in ("<|endoftext|>", tokenizer.eos_token, tokenizer.bos_token):
+        if name is not None:
+            found = tokenizer.convert_tokens_to_ids(name)
+            if isinstance(found, int) and found != tokenizer.unk_token_id:
+                return found
+    return 0
+
+
+def table_of(tokens: Sequence[int], answers: Sequence[Mapping[int, Any]]) -> PrimeTable:
+    """The table that vLLM's answers make.
+
+    Args:
+        tokens: asked about.
+        answers: for each of them, vLLM's ``Logprob`` of the tokens that may follow.
+    """
+    ids = np.zeros((len(tokens), WIDTH), np.int32)
+    probs = np.zeros((len(tokens), WIDTH), np.float32)
+    for row, found in enumerate(answers):
+        best = sorted(found.items(), key=lambda item: -item[1].logprob)[:WIDTH]
+        ids[row, : len(best)] = [token for token, _ in best]
+        probs[row, : len(best)] = [np.exp(said.logprob) for _, said in best]
+    # Rounding of the target's own arithmetic may carry a sum above 1.
+    probs /= np.maximum(probs.sum(axis=1, keepdims=True), 1.0)
+    return PrimeTable(np.array(tokens, np.int32), ids, probs)
 
 
 def _load(option: str, model_config: Any, download_dir: str | None) -> PrimeTable | None:
     folder = local_folder(model_config.model, model_config.revision, download_dir)
     identity = identity_of(folder)
-    path = table_path(identity) if option == AUTO else Path(option).expanduser()
-    if option == AUTO and not path.exists():
+    cached = option in _CACHED
+    path = table_path(identity) if cached else Path(option).expanduser()
+    if cached and not path.exists():
         return None
     table = PrimeTable.load(path, identity, model_config.get_vocab_size())
     logger.info("vllm-ext: drafting is primed with %d tokens from %s", len(table), path)

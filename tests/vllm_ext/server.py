@@ -57,6 +57,7 @@ class Server:
 
     url: str
     process: subprocess.Popen[bytes]
+    folder: Path  # its log, and its cache
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -89,7 +90,7 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "server.log"
-    speculative = {"method": "dyspec", "num_speculative_tokens": 8}
+    speculative = {"method": "dyspec", "num_speculative_tokens": 8, "prime": "background"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             serve_command(model, speculative, "--host", "127.0.0.1", "--port", str(port)),
@@ -99,6 +100,7 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_PLUGINS": "vllm_ext",  # routes of plugins need to be allowed by name
+                "XDG_CACHE_HOME": str(folder),
                 # oneDNN keeps a primitive for each new number of rows, hundreds of megabytes in
                 # all, with or without us; they would hide a leak.
                 "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
@@ -106,7 +108,7 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
             start_new_session=True,
         )
     try:
-        started = Server(f"http://127.0.0.1:{port}", process)
+        started = Server(f"http://127.0.0.1:{port}", process, folder)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
@@ -119,6 +121,10 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
                     ) from None
                 time.sleep(0.5)
         assert "vllm-ext: method dyspec" in log.read_text()
+        # Done soon for so small a vocabulary; what follows shall find a quiet server.
+        while "vllm-ext: primed with" not in log.read_text():
+            assert time.monotonic() < deadline, f"not primed:\n{log.read_text()[-3000:]}"
+            time.sleep(0.1)
         yield started
     finally:
         os.killpg(process.pid, signal.SIGTERM)

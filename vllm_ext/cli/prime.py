@@ -14,11 +14,11 @@ import typer
 from vllm_ext.cli import engines, environment
 from vllm_ext.cli.options import Model
 from vllm_ext.cli.progress import Advance, progress
+from vllm_ext.prime import DEFAULT_TOKENS, default_anchor
 
 if TYPE_CHECKING:
     from proposers.prime import PrimeTable
 
-WIDTH = 8
 _BATCH = 256
 
 
@@ -27,7 +27,7 @@ def command(
     tokens: Annotated[
         int,
         typer.Option(min=1, help="How many tokens: those with the lowest ids, the most frequent."),
-    ] = 12288,
+    ] = DEFAULT_TOKENS,
     out: Annotated[
         Path | None, typer.Option(help="File to write.  [default: the user's cache]")
     ] = None,
@@ -86,38 +86,21 @@ def compute(model: str, *, tokens: int, anchor: int | None, dtype: str) -> Prime
         llm.llm_engine.engine_core.shutdown()
 
 
-def default_anchor(tokenizer: Any) -> int:
-    """A token that may stand before any text: the end of another one, else its own beginning."""
-    for name in ("<|endoftext|>", tokenizer.eos_token, tokenizer.bos_token):
-        if name is not None:
-            found = tokenizer.convert_tokens_to_ids(name)
-            if isinstance(found, int) and found != tokenizer.unk_token_id:
-                return found
-    return 0
-
-
 def ask(llm: Any, anchor: int, tokens: Sequence[int], advance: Advance) -> PrimeTable:
     """What the target says after `anchor` and each of `tokens`."""
-    import numpy as np
     from vllm import SamplingParams
 
-    from proposers.prime import PrimeTable
+    from vllm_ext.prime import WIDTH, table_of
 
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=WIDTH, detokenize=False)
-    ids = np.zeros((len(tokens), WIDTH), np.int32)
-    probs = np.zeros((len(tokens), WIDTH), np.float32)
+    answers = []
     for begin in range(0, len(tokens), 4 * _BATCH):
         part = tokens[begin : begin + 4 * _BATCH]
         requests = [{"prompt_token_ids": [anchor, token]} for token in part]
-        for row, output in enumerate(llm.generate(requests, params, use_tqdm=False), start=begin):
-            (found,) = output.outputs[0].logprobs
-            best = sorted(found.items(), key=lambda item: -item[1].logprob)[:WIDTH]
-            ids[row, : len(best)] = [token for token, _ in best]
-            probs[row, : len(best)] = [np.exp(said.logprob) for _, said in best]
+        for output in llm.generate(requests, params, use_tqdm=False):
+            answers.append(output.outputs[0].logprobs[0])
         advance(len(part), "")
-    # Rounding of the target's own arithmetic may carry a sum above 1.
-    probs /= np.maximum(probs.sum(axis=1, keepdims=True), 1.0)
-    return PrimeTable(np.array(tokens, np.int32), ids, probs)
+    return table_of(tokens, answers)
 
 
 def _downloaded(model: str) -> str:

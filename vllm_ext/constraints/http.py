@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results over HTTP: an endpoint plugin of vLLM's API server, loaded where ``VLLM_PLUGINS`` allows.
+"""Results of constraints over HTTP, in vLLM's API server.
 
 ``GET /v1/constraints/results?id=ID`` hands out records, and the answers of the completion
 endpoints get a field ``constraint`` of their own. vLLM offers plugins no way into its response
@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import uuid
-from argparse import Namespace
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -35,20 +34,10 @@ _DATA = b"data: "
 _DONE = b"data: [DONE]"
 
 
-class ConstraintEndpoints:
-    """The plugin, as vLLM's ``EndpointPlugin`` protocol wants it."""
-
-    name = "vllm_ext"
-    required_tasks = ("generate",)
-
-    def attach_router(self, app: FastAPI) -> None:
-        """Add the route and the middleware."""
-        app.add_api_route("/v1/constraints/results", _results, methods=["GET"])
-        app.add_middleware(ConstraintField)
-
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Remember the engine."""
-        state.vllm_ext_engine = engine_client
+def attach(app: FastAPI) -> None:
+    """Add the route and the middleware."""
+    app.add_api_route("/v1/constraints/results", _results, methods=["GET"])
+    app.add_middleware(ConstraintField)
 
 
 async def _results(request: Request, id: Annotated[list[str], Query()]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 
 from logits_processors.session import Record
 from vllm_ext.constraints.admission import ATTRIBUTE
-from vllm_ext.constraints.http import ConstraintEndpoints, as_json
+from vllm_ext.constraints.http import as_json, attach
 from vllm_ext.constraints.records import RPC
 
 RECORD = Record("x", [1, 2], [-0.5, -1.0], 3, 1, "complete")
@@ -57,9 +56,8 @@ def serve(answer: Callable[[bytes], Response], engine: Any = None) -> TestClient
         seen.append(body)
         return answer(body)
 
-    plugin = ConstraintEndpoints()
-    plugin.attach_router(app)
-    asyncio.run(plugin.init_state(engine or Engine(), app.state, Namespace()))
+    attach(app)
+    app.state.vllm_ext_engine = engine or Engine()
     client = TestClient(app)
     client.seen = seen  # type: ignore[attr-defined]
     return client
@@ -388,9 +386,3 @@ def test_json_has_no_infinities(weights: list[float]) -> None:
 def test_only_complete_texts_have_a_weight(state: Any) -> None:
     assert as_json(Record("x", [1], [-1.0], 0, 0, state))["log_weight"] is None
     assert as_json(RECORD)["log_weight"] == -1.5
-
-
-def test_the_plugin_is_what_vllm_wants() -> None:
-    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
-
-    assert isinstance(ConstraintEndpoints(), EndpointPlugin)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+import asyncio
+from argparse import Namespace
+from types import SimpleNamespace
+
+from fastapi import FastAPI
+
+from vllm_ext import background
+from vllm_ext.endpoints import Endpoints
+
+
+def test_the_plugin_is_what_vllm_wants() -> None:
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    assert isinstance(Endpoints(), EndpointPlugin)
+
+
+def test_routes_state_and_background(monkeypatch) -> None:
+    monkeypatch.setattr(background, "start", lambda engine: ("begun for", engine))
+    app, engine = FastAPI(), SimpleNamespace()
+    plugin = Endpoints()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(engine, app.state, Namespace()))
+    assert "/v1/constraints/results" in [getattr(route, "path", "") for route in app.routes]
+    assert app.state.vllm_ext_engine is engine
+    assert app.state.vllm_ext_background == ("begun for", engine)
