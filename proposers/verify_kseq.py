@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpecTr's k-SEQ (arXiv 2310.15141, algorithm 2) for k children drawn independently from q.
+
+With b(g) = sum_x min(q(x), p(x) / g) and 1 <= g <= k, the draws are tried in turn,
+
+    accept x with probability min(1, p(x) / (g q(x))),
+
+one of k is accepted with probability a = 1 - (1 - b)^k, and otherwise the token is drawn from
+
+    norm(p - min(q, p / g) a / b),
+
+which is a law iff a <= g b. The left side falls and the right side rises with g, so bisection finds
+the smallest such g, which accepts most; any larger one is exact too, so the error of the bisection
+costs acceptance and nothing else. k = 1 has g = 1, the ratio rule (arXiv 2211.17192).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from proposers.chance import Chance
+from proposers.sampled_tree import Law
+
+_BISECTIONS = 50
+
+
+def kseq(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
+    """One token with law `p`, most often among `drawn`.
+
+    Args:
+        p: the target's law.
+        q: the law that the tokens were drawn from.
+        drawn: tokens drawn independently, repeated ones included.
+        chance: decisions independent of the draws.
+
+    Raises:
+        ValueError: if q gives a drawn token no probability.
+    """
+    k = len(drawn)
+    if k == 0:
+        return chance.draw(p)
+    g = gamma(p, q, k)
+    for token in drawn:
+        likely = float(q[token])
+        if not likely > 0.0:
+            raise ValueError(
+                f"kseq: token {token} has draft probability 0; give tokens drawn from q"
+            )
+        if chance.accept(float(p[token]) / (g * likely)):
+            return token
+    common = np.minimum(q, p / g)
+    overlap = float(common.sum())
+    if overlap <= 0.0:
+        return chance.draw(p)
+    rest = np.maximum(p - common * (any_accepted(overlap, k) / overlap), 0.0)
+    # Without a rest every draw is accepted, but for the rounding of a probability just below 1.
+    return chance.draw(rest if rest.any() else p)
+
+
+def gamma(p: Law, q: Law, k: int) -> float:
+    """The smallest valid g in [1, k] for k draws, to about 15 digits, rounded up."""
+    # As g goes from 1 to k, only these tokens change from q(x) to p(x) / g in the overlap.
+    changing = (p > q) & (p < k * q)
+    some_p, some_q = p[changing], q[changing]
+    always_p = float(p[p <= q].sum())
+    always_q = float(q[(p > q) & (p >= k * q)].sum())
+
+    def valid(g: float) -> bool:
+        overlap = always_p / g + always_q + float(np.minimum(some_q, some_p / g).sum())
+        return any_accepted(overlap, k) <= g * overlap
+
+    if valid(1.0):
+        return 1.0
+    low, high = 1.0, float(k)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if valid(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def any_accepted(overlap: float, k: int) -> float:
+    """1 - (1 - overlap)^k, the probability that one of k draws is accepted."""
+    if overlap >= 1.0:
+        return 1.0
+    return -math.expm1(k * math.log1p(-overlap))
