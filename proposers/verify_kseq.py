@@ -17,6 +17,7 @@ costs acceptance and nothing else. k = 1 has g = 1, the ratio rule (arXiv 2211.1
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,22 +63,27 @@ def kseq(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
 
 def gamma(p: Law, q: Law, k: int) -> float:
     """The smallest valid g in [1, k] for k draws, to about 15 digits, rounded up."""
-    # As g goes from 1 to k, only these tokens change from q(x) to p(x) / g in the overlap.
+    # From one ratio p/q to the next, b(g) = below / g + above: only the tokens whose ratio g
+    # passes change their side, and those outside (1, k) never do.
     changing = (p > q) & (p < k * q)
     some_p, some_q = p[changing], q[changing]
-    always_p = float(p[p <= q].sum())
-    always_q = float(q[(p > q) & (p >= k * q)].sum())
+    ratios = some_p / some_q
+    order = np.argsort(ratios)
+    ratios = ratios[order]
+    below = np.cumsum(np.append(p[p <= q].sum(), some_p[order]))
+    above = np.cumsum(np.append(q[(p > q) & (p >= k * q)].sum(), some_q[order[::-1]]))[::-1]
 
-    def valid(g: float) -> bool:
-        overlap = always_p / g + always_q + float(np.minimum(some_q, some_p / g).sum())
+    def valid(g: float, segment: int) -> bool:
+        overlap = float(below[segment]) / g + float(above[segment])
         return any_accepted(overlap, k) <= g * overlap
 
-    if valid(1.0):
-        return 1.0
-    low, high = 1.0, float(k)
+    segments = range(len(ratios))
+    segment = bisect_left(segments, True, key=lambda i: valid(float(ratios[i]), i))
+    low = float(ratios[segment - 1]) if segment else 1.0
+    high = float(ratios[segment]) if segment < len(ratios) else float(k)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if valid(middle):
+        if valid(middle, segment):
             high = middle
         else:
             low = middle
