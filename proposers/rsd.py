@@ -30,9 +30,7 @@ from proposers.sequoia import grow_template
 from proposers.tree import ROOT
 
 
-def grow_constant(
-    tree: SampledTree, branching: Sequence[int], chance: Chance
-) -> LevelwiseGrowth:
+def grow_constant(tree: SampledTree, branching: Sequence[int], chance: Chance) -> LevelwiseGrowth:
     """RSD-C: `branching[d]` children at every node of depth d.
 
     Args:

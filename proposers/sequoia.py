@@ -76,9 +76,7 @@ def expected_tokens(template: Sequence[Path], acceptance: Sequence[float]) -> fl
     return 1.0 + sum(float(np.prod([acceptance[rank] for rank in path])) for path in template)
 
 
-def grow_template(
-    tree: SampledTree, template: Sequence[Path], chance: Chance
-) -> LevelwiseGrowth:
+def grow_template(tree: SampledTree, template: Sequence[Path], chance: Chance) -> LevelwiseGrowth:
     """Draw a tree of a fixed shape without replacement; fewer children where support ends.
 
     Args:

@@ -131,9 +131,7 @@ def bias(law: dict[Tokens, float], target: Model, depth: int) -> float:
         got = sum(
             law.get(text[:n], 0.0) * float(np.prod(conditional[n:])) for n in range(depth + 1)
         )
-        got += sum(
-            p for tokens, p in law.items() if len(tokens) > depth and tokens[:depth] == text
-        )
+        got += sum(p for tokens, p in law.items() if len(tokens) > depth and tokens[:depth] == text)
         total += abs(got - float(np.prod(conditional)))
     return total / 2
 
