@@ -32,8 +32,8 @@ def grow_heap(tree: SampledTree, size: int, chance: Chance) -> LevelwiseGrowth:
     while heap and len(tree) < size:
         _, node = heappop(heap)
         if node not in tree.laws:
-            (row,) = yield [node]
-            tree.expand(node, row)
+            (law,) = yield [node]
+            tree.expand(node, law)
         child = tree.draw_new(node, chance)
         if child is not None:
             heappush(heap, (-tree.value(node) * tree.rest(node), node))
@@ -55,9 +55,9 @@ def grow_threshold(
     level = [ROOT]
     for _ in range(depth):
         heap: list[tuple[float, int]] = []
-        rows = yield level
-        for node, row in zip(level, rows, strict=True):
-            tree.expand(node, row)
+        laws = yield level
+        for node, law in zip(level, laws, strict=True):
+            tree.expand(node, law)
             heappush(heap, (-tree.value(node), node))
         level = []
         while heap and -heap[0][0] >= threshold and len(tree) < size:

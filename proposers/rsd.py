@@ -56,9 +56,9 @@ def grow_stochastic_beam(
     """
     beam = [(0.0, ROOT)]
     for _ in range(depth):
-        rows = yield [node for _, node in beam]
-        for (_, node), row in zip(beam, rows, strict=True):
-            tree.expand(node, row)
+        laws = yield [node for _, node in beam]
+        for (_, node), law in zip(beam, laws, strict=True):
+            tree.expand(node, law)
         race = beam
         heapify(race)
         beam = []

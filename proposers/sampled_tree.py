@@ -11,48 +11,24 @@ node, that law and every draw in its order. Two things follow for whoever grows 
   row is the last token of its step. The choice may look at the node's token, but not at draws below
   it.
 
-Growers are generators which yield the nodes whose draft laws they want next and are sent one row
-for each, so that `grow` needs one forward of the draft model per level of a whole batch.
+Growers are generators which yield the nodes whose draft laws they want next and are sent
+one for each, so that `grow` needs one forward of the draft model per level of a whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeAlias
 
 from proposers.chance import Chance
+from proposers.law import DraftLaw
 from proposers.tree import ROOT, TokenTree
 
-Law: TypeAlias = NDArray[np.float64]
-"""float64 [vocab]: probabilities that sum to 1."""
+LevelwiseGrowth: TypeAlias = Generator[Sequence[int], Sequence[DraftLaw], None]
+"""A tree in the making: yields nodes, is sent the laws of their children."""
 
-Row: TypeAlias = NDArray[np.floating[Any]]
-"""[vocab] of any floating type: probabilities up to rounding, which `normalised` removes."""
-
-LevelwiseGrowth: TypeAlias = Generator[Sequence[int], Sequence[Row], None]
-"""A tree in the making: yields nodes, is sent their draft rows."""
-
-Distributions: TypeAlias = Callable[[Sequence[tuple[int, int]]], Sequence[Row]]
-"""Draft rows for pairs (index of the tree in the batch, node); one forward of the model."""
-
-
-def normalised(row: Row) -> Law:
-    """The row in float64, divided by its sum.
-
-    Raises:
-        ValueError: if an entry is negative or the sum is not positive and finite.
-    """
-    law = np.asarray(row, np.float64)
-    total = float(law.sum())
-    if not 0.0 < total < np.inf or law.min() < 0.0:
-        raise ValueError(
-            f"normalised: a row with minimum {law.min()} and sum {total} is no law; "
-            "give probabilities"
-        )
-    return law / total
+Distributions: TypeAlias = Callable[[Sequence[tuple[int, int]]], Sequence[DraftLaw]]
+"""Laws for pairs (index of the tree in the batch, node), from one forward of the draft model."""
 
 
 class SampledTree:
@@ -72,8 +48,9 @@ class SampledTree:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.values: list[float] = []
-        self.laws: dict[int, Law] = {}
+        self.laws: dict[int, DraftLaw] = {}
         self.draws: dict[int, list[int]] = {}
+        self._places: list[int] = []  # of each node's token in the law that it was drawn from
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -82,46 +59,48 @@ class SampledTree:
         """The node's value; 1 for the root."""
         return 1.0 if node == ROOT else self.values[node]
 
-    def expand(self, node: int, row: Row) -> None:
+    def expand(self, node: int, law: DraftLaw) -> None:
         """Set the law of the children of `node`, before the first of them is drawn."""
-        self.laws[node] = normalised(row)
+        self.laws[node] = law
         self.draws[node] = []
 
     def rest(self, node: int) -> float:
         """Probability that the law of `node` gives to tokens not drawn there yet, about 0 at the
         end of its support.
         """
-        law = self.laws[node]
-        drawn = {self.tokens[child] for child in self.draws[node]}
-        return max(0.0, 1.0 - sum(float(law[token]) for token in drawn))
+        probs = self.laws[node].probs
+        drawn = {self._places[child] for child in self.draws[node]}
+        return max(0.0, 1.0 - sum(float(probs[place]) for place in drawn))
 
     def draw_new(self, node: int, chance: Chance) -> int | None:
         """Draw a child without replacement; ``None`` where every possible token was drawn."""
-        weights = self.laws[node].copy()
-        weights[[self.tokens[child] for child in self.draws[node]]] = 0.0
+        weights = self.laws[node].probs.copy()
+        for child in self.draws[node]:
+            weights[self._places[child]] = 0.0
         if not weights.any():
             return None
         return self._add(node, chance.draw(weights))
 
     def draw(self, node: int, chance: Chance) -> int:
         """Draw a child with replacement; a token drawn before leads to the same child."""
-        token = chance.draw(self.laws[node])
+        place = chance.draw(self.laws[node].probs)
         for child in self.draws[node]:
-            if self.tokens[child] == token:
+            if self._places[child] == place:
                 self.draws[node].append(child)
                 return child
-        return self._add(node, token)
+        return self._add(node, place)
 
     def token_tree(self) -> TokenTree:
         """The nodes as the engine schedules them; any prefix may be given target rows."""
         return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.values))
 
-    def _add(self, node: int, token: int) -> int:
-        child = len(self.tokens)
-        self.tokens.append(token)
+    def _add(self, node: int, place: int) -> int:
+        law, child = self.laws[node], len(self.tokens)
+        self.tokens.append(int(law.tokens[place]))
         self.parents.append(node)
-        self.values.append(self.value(node) * float(self.laws[node][token]))
+        self.values.append(self.value(node) * float(law.probs[place]))
         self.draws[node].append(child)
+        self._places.append(place)
         return child
 
 
@@ -130,13 +109,13 @@ def grow(growths: Sequence[LevelwiseGrowth], distributions: Distributions) -> No
 
     Args:
         growths: one per tree, not started.
-        distributions: draft rows of (index of the growth, node); a node's parent was asked before.
+        distributions: laws of (index of the growth, node); a node's parent was asked before.
     """
     wanted: dict[int, Sequence[int]] = {}
 
-    def advance(index: int, rows: Sequence[Row] | None) -> None:
+    def advance(index: int, laws: Sequence[DraftLaw] | None) -> None:
         try:
-            nodes = next(growths[index]) if rows is None else growths[index].send(rows)
+            nodes = next(growths[index]) if laws is None else growths[index].send(laws)
         except StopIteration:
             wanted.pop(index, None)
         else:
@@ -146,8 +125,8 @@ def grow(growths: Sequence[LevelwiseGrowth], distributions: Distributions) -> No
         advance(index, None)
     while wanted:
         asked = list(wanted.items())
-        rows = distributions([(index, node) for index, nodes in asked for node in nodes])
+        laws = distributions([(index, node) for index, nodes in asked for node in nodes])
         start = 0
         for index, nodes in asked:
-            advance(index, rows[start : start + len(nodes)])
+            advance(index, laws[start : start + len(nodes)])
             start += len(nodes)

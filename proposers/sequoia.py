@@ -97,10 +97,10 @@ def grow_template(tree: SampledTree, template: Sequence[Path], chance: Chance) -
         nodes = {path: node for path, node in level.items() if (*path, 0) in known}
         if not nodes:
             return
-        rows = yield list(nodes.values())
+        laws = yield list(nodes.values())
         level = {}
-        for (path, node), row in zip(nodes.items(), rows, strict=True):
-            tree.expand(node, row)
+        for (path, node), law in zip(nodes.items(), laws, strict=True):
+            tree.expand(node, law)
             rank = 0
             while (*path, rank) in known:
                 child = tree.draw_new(node, chance)

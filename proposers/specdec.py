@@ -30,6 +30,6 @@ def grow_chain(
     """
     node = ROOT
     while len(tree) < longest and 1.0 - tree.value(node) <= threshold:
-        (row,) = yield [node]
-        tree.expand(node, row)
+        (law,) = yield [node]
+        tree.expand(node, law)
         node = tree.draw(node, chance)

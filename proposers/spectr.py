@@ -23,10 +23,10 @@ def grow_chains(tree: SampledTree, chains: int, depth: int, chance: Chance) -> L
     """
     alive = {ROOT: chains}
     for _ in range(depth):
-        rows = yield list(alive)
+        laws = yield list(alive)
         reached: dict[int, int] = {}
-        for (node, count), row in zip(alive.items(), rows, strict=True):
-            tree.expand(node, row)
+        for (node, count), law in zip(alive.items(), laws, strict=True):
+            tree.expand(node, law)
             for _ in range(count):
                 child = tree.draw(node, chance)
                 reached[child] = reached.get(child, 0) + 1

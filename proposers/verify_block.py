@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 
 from proposers.chance import Chance
-from proposers.sampled_tree import Law, Row, SampledTree, normalised
+from proposers.law import Law, Row, normalised
+from proposers.sampled_tree import SampledTree
 from proposers.tree import ROOT
 
 
@@ -59,8 +60,9 @@ class BlockWalk:
         child = self.node + 1
         weight = 0.0
         if child < len(tree):
-            token = tree.tokens[child]
-            weight = min(1.0, self._weights[-1] * p[token] / tree.laws[self.node][token])
+            token, law = tree.tokens[child], tree.laws[self.node]
+            ratio = float(p[token]) / float(law.probs[law.place(token)])
+            weight = min(1.0, self._weights[-1] * ratio)
             self._weights.append(weight)
         # Behind a token that the target excludes nothing can be accepted.
         if child < self._rows and weight > 0.0:
@@ -92,5 +94,7 @@ class BlockWalk:
         return excess / (excess + 1.0 - weight) if weight < 1.0 else 1.0
 
     def _excess(self, length: int) -> Law:
-        node = length - 1
-        return np.maximum(self._weights[length] * self._targets[length] - self._tree.laws[node], 0)
+        law = self._tree.laws[length - 1]
+        excess = self._weights[length] * self._targets[length]
+        excess[law.tokens] = np.maximum(excess[law.tokens] - law.probs, 0.0)
+        return excess

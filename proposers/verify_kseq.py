@@ -23,12 +23,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from proposers.chance import Chance
-from proposers.sampled_tree import Law
+from proposers.law import DraftLaw, Law
 
-_BISECTIONS = 50
+_BISECTIONS = 30
 
 
-def kseq(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
+def kseq(p: Law, q: DraftLaw, drawn: Sequence[int], chance: Chance) -> int:
     """One token with law `p`, most often among `drawn`.
 
     Args:
@@ -43,26 +43,31 @@ def kseq(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
     k = len(drawn)
     if k == 0:
         return chance.draw(p)
-    g = gamma(p, q, k)
+    possible = p[q.tokens]
+    g = gamma(possible, q.probs, k)
     for token in drawn:
-        likely = float(q[token])
-        if not likely > 0.0:
-            raise ValueError(
-                f"kseq: token {token} has draft probability 0; give tokens drawn from q"
-            )
-        if chance.accept(float(p[token]) / (g * likely)):
+        place = q.place(token)
+        if chance.accept(float(possible[place]) / (g * float(q.probs[place]))):
             return token
-    common = np.minimum(q, p / g)
+    common = np.minimum(q.probs, possible / g)
     overlap = float(common.sum())
     if overlap <= 0.0:
         return chance.draw(p)
-    rest = np.maximum(p - common * (any_accepted(overlap, k) / overlap), 0.0)
+    weights = p.copy()
+    share = any_accepted(overlap, k) / overlap
+    weights[q.tokens] = np.maximum(possible - common * share, 0.0)
     # Without a rest every draw is accepted, but for the rounding of a probability just below 1.
-    return chance.draw(rest if rest.any() else p)
+    return chance.draw(weights if weights.any() else p)
 
 
 def gamma(p: Law, q: Law, k: int) -> float:
-    """The smallest valid g in [1, k] for k draws, to about 15 digits, rounded up."""
+    """The smallest valid g in [1, k] for k draws, to a billionth of k, rounded up.
+
+    Args:
+        p: the target's probabilities of the tokens that q can draw.
+        q: the draft's.
+        k: number of draws.
+    """
     # From one ratio p/q to the next, b(g) = below / g + above: only the tokens whose ratio g
     # passes change their side, and those outside (1, k) never do.
     changing = (p > q) & (p < k * q)
@@ -79,8 +84,7 @@ def gamma(p: Law, q: Law, k: int) -> float:
 
     segments = range(len(ratios))
     segment = bisect_left(segments, True, key=lambda i: valid(float(ratios[i]), i))
-    low = float(ratios[segment - 1]) if segment else 1.0
-    high = float(ratios[segment]) if segment < len(ratios) else float(k)
+    low, high = 1.0, float(ratios[segment]) if segment < len(ratios) else float(k)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if valid(middle, segment):

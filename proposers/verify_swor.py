@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from proposers.chance import Chance
-from proposers.sampled_tree import Law
+from proposers.law import DraftLaw, Law
 
 
-def swor(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
+def swor(p: Law, q: DraftLaw, drawn: Sequence[int], chance: Chance) -> int:
     """One token with law `p`, most often among `drawn`.
 
     Args:
@@ -32,30 +32,28 @@ def swor(p: Law, q: Law, drawn: Sequence[int], chance: Chance) -> int:
         chance: decisions independent of the draws.
 
     Raises:
-        ValueError: if a token cannot have been drawn, because q without the earlier ones gives it
-            no probability.
+        ValueError: if a token cannot have been drawn at its turn.
     """
-    target, draft = p, q.copy()
+    # Only tokens of q change. `target` is p_k there, times `mass`: outside it stays p.
+    target, draft = p[q.tokens], q.probs.copy()
+    outside = max(0.0, 1.0 - float(target.sum()))
     for token in drawn:
-        likely = float(draft[token])
+        place = q.place(token)
+        likely = float(draft[place])
         if not likely > 0.0:
             raise ValueError(
-                f"swor: token {token} has draft probability 0 at its turn in {list(drawn)}; give "
-                "tokens drawn without replacement from q"
+                f"swor: token {token} appears twice in {list(drawn)}; give tokens drawn without "
+                "replacement"
             )
-        if chance.accept(float(target[token]) / likely):
+        mass = outside + float(target.sum())
+        # Equal laws are rejected only by a rounding error, which may leave no mass at all.
+        if mass > 0.0 and chance.accept(float(target[place]) / (mass * likely)):
             return token
-        target = residual(target, draft)
-        draft[token] = 0.0
-        mass = float(draft.sum())
-        if mass > 0.0:
-            draft /= mass
-    return chance.draw(target)
-
-
-def residual(target: Law, draft: Law) -> Law:
-    """norm((target - draft)+): the law of the target's draw given that the draft was rejected."""
-    excess = np.maximum(target - draft, 0.0)
-    mass = float(excess.sum())
-    # Equal laws reject with the probability of a rounding error; then any law will do.
-    return excess / mass if mass > 0.0 else target
+        target = np.maximum(target - mass * draft, 0.0)
+        draft[place] = 0.0
+        rest = float(draft.sum())
+        if rest > 0.0:
+            draft /= rest
+    weights = p.copy()
+    weights[q.tokens] = target
+    return chance.draw(weights if weights.any() else p)

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from proposers.chance import Chance
-from proposers.sampled_tree import Law, Row, SampledTree, normalised
+from proposers.law import DraftLaw, Law, Row, normalised
+from proposers.sampled_tree import SampledTree
 from proposers.tree import ROOT
 
-Rule: TypeAlias = Callable[[Law, Law, Sequence[int], Chance], int]
+Rule: TypeAlias = Callable[[Law, DraftLaw, Sequence[int], Chance], int]
 """(target law, draft law, drawn tokens in order, chance) to a token with the target's law."""
 
 

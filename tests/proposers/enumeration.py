@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from proposers.chance import Chance
+from proposers.law import DraftLaw
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
 from proposers.tree import ROOT
 from proposers.verify_tree import Verification, verify
@@ -78,11 +79,17 @@ class Model:
         self._row = row
         self._seed = seed
         self._rows: dict[Tokens, np.ndarray] = {}
+        self._laws: dict[Tokens, DraftLaw] = {}
 
     def __call__(self, prefix: Tokens) -> np.ndarray:
         if prefix not in self._rows:
             self._rows[prefix] = self._row(np.random.default_rng([self._seed, *prefix]))
         return self._rows[prefix]
+
+    def draft(self, prefix: Tokens) -> DraftLaw:
+        if prefix not in self._laws:
+            self._laws[prefix] = DraftLaw.dense(self(prefix))
+        return self._laws[prefix]
 
 
 Growing = Callable[[SampledTree, Chance], LevelwiseGrowth]
@@ -99,7 +106,11 @@ def path_of(tree: SampledTree, node: int) -> Tokens:
 
 def drafted(draft: Model, growing: Growing, chance: Chance) -> SampledTree:
     tree = SampledTree()
-    grow([growing(tree, chance)], lambda pairs: [draft(path_of(tree, node)) for _, node in pairs])
+
+    def distributions(pairs: Sequence[tuple[int, int]]) -> list[DraftLaw]:
+        return [draft.draft(path_of(tree, node)) for _, node in pairs]
+
+    grow([growing(tree, chance)], distributions)
     return tree
 
 

@@ -18,6 +18,7 @@ from proposers import CostModel
 from proposers.chance import Chance, Dice
 from proposers.dyspec_sampled import grow_heap, grow_threshold
 from proposers.grower import Draftee
+from proposers.law import DraftLaw
 from proposers.rsd import grow_constant, grow_stochastic_beam
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
 from proposers.sequoia import expected_tokens, grow_template, optimal_template
@@ -45,9 +46,9 @@ class Forwards:
         self._models = models
         self._trees = trees
 
-    def __call__(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    def __call__(self, pairs: Sequence[tuple[int, int]]) -> list[DraftLaw]:
         self.asked.append(list(pairs))
-        return np.stack([self._models[i](path_of(self._trees[i], node)) for i, node in pairs])
+        return [DraftLaw.dense(self._models[i](path_of(self._trees[i], node))) for i, node in pairs]
 
 
 GROWERS: dict[str, Callable[[SampledTree, Chance], LevelwiseGrowth]] = {
@@ -78,7 +79,7 @@ def test_trees_are_valid_and_a_level_is_one_forward(name):
         assert set(asked) == set(tree.laws) == set(tree.draws)
         model = random_model(index)
         for node, law in tree.laws.items():
-            np.testing.assert_allclose(law, model(path_of(tree, node)), rtol=1e-12)
+            np.testing.assert_allclose(law.probs, model(path_of(tree, node)), rtol=1e-12)
         for node, value in enumerate(tree.values):
             path = path_of(tree, node)
             expected = np.prod([model(path[:i])[token] for i, token in enumerate(path)])
