@@ -68,3 +68,19 @@ class Dice:
     def uniform(self) -> float:
         """See `Chance.uniform`."""
         return self._uniform()
+
+
+def request_dice(seed: int, position: int, stream: int) -> Dice:
+    """Dice that fall the same way whenever a request comes to the same place.
+
+    The numbers are a function of the arguments (Philox), so a request decides alike alone, in a
+    batch and after preemption.
+
+    Args:
+        seed: of the request; its low 64 bits count.
+        position: number of output tokens before the step, at least 0.
+        stream: tells drafting from verification, which must not share numbers; 0 to 2^64 - 1.
+    """
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, position], np.uint64)
+    counter = np.array([0, 0, 0, stream], np.uint64)
+    return Dice(np.random.Generator(np.random.Philox(counter=counter, key=key)).random)
