@@ -102,8 +102,7 @@ class _Draw(torch.nn.Module):
             None if k is None else k[decided],
             None if p is None else p[decided],
         ).softmax(dim=-1, dtype=torch.float32)
-        others = {r: generator for r, generator in generators.items() if r not in decided}
-        drawn, processed = self._stock(logits, others, k, p)
+        drawn, processed = self._stock(logits, generators, k, p)
         tokens = []
         for (request, verification), law in zip(open_ones, laws.cpu().numpy(), strict=True):
             verification.feed(law)
