@@ -14,15 +14,17 @@ import pytest
 from enumeration import (
     Growing,
     Model,
+    Tokens,
     Verifying,
     bias,
     drafted,
     emitted,
     law_of,
     mean_tokens,
+    path_of,
     step_law,
 )
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 
 from proposers.chance import Chance, Dice
 from proposers.dyspec_sampled import grow_heap, grow_threshold
@@ -163,14 +165,32 @@ CHAIN: Growing = lambda t, c: grow_chain(t, 1.0, 2, c)  # noqa: E731
 def test_rows_may_be_left_out(name, cut):
     vocab, growing, _ = GROWN[name]
     target, draft = models("random", vocab)
-    rows = CUTS[cut]
 
-    def verifying(tree: SampledTree, chance: Chance):
-        if name == "block":
-            return BlockWalk(tree, chance, rows=rows(tree))
-        return TreeWalk(tree, kseq if "k-SEQ" in name else swor, chance, rows=rows(tree))
+    def program(chance: Chance) -> Tokens:
+        tree = drafted(draft, growing, chance)
+        rows = CUTS[cut](tree)
+        rule = kseq if "k-SEQ" in name else swor
+        verification = (
+            BlockWalk(tree, chance, rows=rows)
+            if name == "block"
+            else TreeWalk(tree, rule, chance, rows=rows)
+        )
+        while verification.node is not None:
+            assert verification.node < rows
+            verification.feed(target(path_of(tree, verification.node)))
+        assert all(node < rows for node in verification.path)
+        return tuple(verification.tokens)
 
-    assert bias(step_law(target, draft, growing, verifying), target, 3) < EXACT
+    assert bias(law_of(program), target, 3) < EXACT
+
+
+def test_a_block_asks_for_no_row_behind_an_impossible_token():
+    target, draft = models("disjoint", 3)
+    chance = Dice(np.random.default_rng(0).random)
+    walk = BlockWalk(drafted(draft, CHAIN, chance), chance)
+    walk.feed(target(()))
+    assert walk.node is None
+    assert walk.tokens == [0]
 
 
 # What breaks the rules' conditions.
@@ -382,6 +402,15 @@ def test_drawn_tokens_have_the_targets_law(name):
 def test_the_statistical_test_has_power():
     growing, verifying = CONTROLS["siblings in another order, SWOR"]
     assert p_value(growing, verifying, 3000, seed=0) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RSD-S", "DySpec heap", "k-SEQ 2x2", "block"])
+def test_p_values_are_uniform(name):
+    """Over many seeds: a small bias would pile the p-values up at 0."""
+    _, growing, verifying = GROWN[name]
+    values = [p_value(growing, verifying, 5000, seed) for seed in range(100, 125)]
+    assert kstest(values, "uniform").pvalue > 1e-3
 
 
 # Misuse.
