@@ -15,7 +15,7 @@ from enumeration import Model, Tokens, drafted, law_of, path_of
 from scipy.stats import chisquare
 
 from proposers import CostModel
-from proposers.chance import Chance, Dice
+from proposers.chance import Chance, Dice, request_dice
 from proposers.dyspec_sampled import grow_heap, grow_threshold
 from proposers.grower import Draftee
 from proposers.law import DraftLaw
@@ -316,3 +316,15 @@ def test_dice_never_draw_the_impossible(uniform):
 def test_dice_refuse_what_is_no_law(weights):
     with pytest.raises(ValueError, match="sum"):
         dice().draw(np.array(weights))
+
+
+def test_request_dice_depend_on_nothing_but_the_place():
+    def numbers(*place: int) -> list[float]:
+        chance = request_dice(*place)
+        return [chance.uniform() for _ in range(4)]
+
+    assert numbers(7, 3, 0) == numbers(7, 3, 0)
+    places = [(7, 3, 0), (7, 3, 1), (7, 4, 0), (8, 3, 0), (-1, 3, 0), (2**63, 3, 0)]
+    drawn = [x for place in places for x in numbers(*place)]
+    assert len(set(drawn)) == len(drawn)  # no two streams share or shift numbers
+    assert all(0.0 <= x < 1.0 for x in drawn)
