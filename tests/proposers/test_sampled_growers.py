@@ -140,14 +140,27 @@ def beam_by_definition(model: Model, width: int) -> dict[tuple[Tokens, ...], flo
     return dict(law)
 
 
-def test_stochastic_beam_draws_paths_without_replacement():
+def paths_in_full(outcome: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
+    return outcome
+
+
+def parents_of_paths(outcome: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
+    """Level 1 in full; of level 2 only where each path begins, which leaves few outcomes."""
+    width = len(outcome) // 2
+    return (*outcome[:width], *(path[:1] for path in outcome[width:]))
+
+
+@pytest.mark.parametrize(("width", "look"), [(2, paths_in_full), (3, parents_of_paths)])
+def test_stochastic_beam_draws_paths_without_replacement(width, look):
     model, chance, n = random_model(3, vocab=3), dice(1), 6000
-    law = beam_by_definition(model, 2)
+    law: dict[tuple[Tokens, ...], float] = defaultdict(float)
+    for outcome, p in beam_by_definition(model, width).items():
+        law[look(outcome)] += p
     assert sum(law.values()) == pytest.approx(1.0)
     counts: Counter[tuple[Tokens, ...]] = Counter()
     for _ in range(n):
-        tree = drafted(model, lambda t, c: grow_stochastic_beam(t, 2, 2, c), chance)
-        counts[tuple(path_of(tree, node) for node in range(4))] += 1
+        tree = drafted(model, lambda t, c: grow_stochastic_beam(t, width, 2, c), chance)
+        counts[look(tuple(path_of(tree, node) for node in range(2 * width)))] += 1
     assert set(counts) <= set(law)
     frequent = [outcome for outcome, p in law.items() if n * p >= 5]
     seen = [counts[outcome] for outcome in frequent]
