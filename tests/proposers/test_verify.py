@@ -463,6 +463,18 @@ def test_laws_that_differ_by_rounding_are_accepted():
         assert kseq(p, q, [token, token], dice) == token
 
 
+def test_equal_laws_that_rounding_rejects_still_give_a_token():
+    class Refusing(Dice):
+        def accept(self, probability: float) -> bool:
+            return False
+
+    _, draft = models("equal", 3)
+    chance = Refusing(np.random.default_rng(0).random)
+    for growing, verifying in (GROWN["block"][1:], GROWN["RSD-C"][1:], GROWN["k-SEQ 2x2"][1:]):
+        tokens = emitted(drafted(draft, growing, chance), draft, verifying, chance)
+        assert all(0 <= token < 3 for token in tokens)
+
+
 def test_every_decision_is_a_branch():
     law = law_of(lambda chance: (chance.accept(0.25), chance.draw(np.array([1.0, 0.0, 3.0]))))
     assert law == {(False, 0): 0.1875, (False, 2): 0.5625, (True, 0): 0.0625, (True, 2): 0.1875}
