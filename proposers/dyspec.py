@@ -136,6 +136,8 @@ class DySpec:
         options: limits.
     """
 
+    spent = 0.0
+
     def __init__(self, mixture: Mixture, options: DySpecOptions) -> None:
         self._mixture = mixture
         self._options = options
@@ -168,17 +170,20 @@ class DySpec:
 
     def begin(self, draftee: Draftee) -> Growth:
         """A request's growth with its root alone; it becomes the one that `learn` looks at."""
-        bias = self._biases.get(draftee.request)
-        if bias is None:
-            bias = self._biases[draftee.request] = Bias(len(self._mixture.sources))
         growth = self._growths[draftee.request] = Growth(
             self._mixture.root(draftee.request),
             greedy=draftee.greedy,
             chain=draftee.chain,
             limit=draftee.limit,
-            bias=bias,
+            bias=self._bias(draftee.request),
         )
         return growth
+
+    def _bias(self, request: str) -> Bias:
+        bias = self._biases.get(request)
+        if bias is None:
+            bias = self._biases[request] = Bias(len(self._mixture.sources))
+        return bias
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:
         """See `Grower.learn`."""
@@ -210,6 +215,7 @@ def grow(
     *,
     base_rows: int,
     base_tokens: float,
+    spent: float = 0.0,
 ) -> list[TokenTree]:
     """Grow the trees of a batch together and cut them where more nodes would not pay.
 
@@ -220,12 +226,13 @@ def grow(
         options: limits.
         base_rows: rows of the step without drafts.
         base_tokens: tokens that the step yields without drafts.
+        spent: seconds of drafting so far that `cost` does not contain.
 
     Returns:
         One tree per growth, nodes best first.
     """
     limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
-    search = cost.search(base_rows, base_tokens, limit)
+    search = cost.search(base_rows, base_tokens, limit, spent)
     floor = max(options.min_prob, search.min_prob)
 
     # Of a node's children only the best one not yet added waits in the heap, with the rest behind

@@ -70,7 +70,14 @@ def ordered(
 
 
 class Grower(Protocol):
-    """Grows the trees of a batch. Its sources know the requests; it keeps what it predicted."""
+    """Grows the trees of a batch. Its sources know the requests; it keeps what it predicted.
+
+    Attributes:
+        spent: seconds that the latest trees cost beyond what the cost model knows of, namely the
+            forward passes of a draft model.
+    """
+
+    spent: float
 
     @property
     def sources(self) -> tuple[Source, ...]:

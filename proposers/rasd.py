@@ -42,6 +42,8 @@ class Rasd:
         top_k: first tokens that retrieval may begin with.
     """
 
+    spent = 0.0
+
     def __init__(
         self, draft: Mixture, retrieval: Mixture, options: DySpecOptions, *, top_k: int
     ) -> None:
