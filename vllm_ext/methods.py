@@ -80,13 +80,33 @@ class DySpecConfig(TreeConfig):
     min_probability: float = _MIN_PROBABILITY
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],
-        min_length=1,
         description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
-        "other packages by name; `datastore` and `past_outputs_mib` add theirs",
+        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
     )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="draft model with the target's tokenizer, a folder or a name in the Hugging "
+        "Face cache; it is mixed with the sources, and run in steps where it pays",
+    )
+    quantization: str | None = Field(
+        default=None, description="of the draft model's weights, by vLLM's name; its config's"
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest text, in tokens, that the draft model reads; its config's, at most "
+        "the target's",
+    )
+    draft_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="dtype of the draft model; the target's"
+    )
+    draft_tensor_parallel_size: int = Field(
+        default=1, ge=1, le=1, description="the draft model runs on one worker"
+    )
 
 
 class TokenRecyclingConfig(TreeConfig):
@@ -277,5 +297,11 @@ def _explain(method: Method, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"option '{name}' is required"
     if problem["type"] == "extra_forbidden":
+        if name == "model":
+            takes = [m.name for m in METHODS.values() if "model" in m.options.model_fields]
+            return (
+                f"the method takes no draft model (given model={problem['input']!r}); "
+                f"{', '.join(takes)} does"
+            )
         return f"unknown option '{name}' (given {problem['input']!r})"
     return f"option '{name}' given as {problem['input']!r}: {problem['msg'].lower()}"

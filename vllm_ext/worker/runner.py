@@ -26,12 +26,15 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import gpu_model_runner
 
 from logits_processors.vllm_v1 import V1Processor
+from proposers.cost_model import CostModel
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
+from vllm_ext.worker.draft_model import DraftModel
+from vllm_ext.worker.draft_predictor import DraftPredictor
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
@@ -50,9 +53,12 @@ class TreeRunnerMixin:
         trees_refused: why branching trees cannot be verified here (then chains are drafted), or
             ``None``.
         touched: the hooks that this runner and its worker rely on.
+        partial_trees: whether its tree attention takes the last rows of a tree alone, those before
+            them being in the cache.
     """
 
     touched: tuple[hooks.Hook, ...] = hooks.WORKER
+    partial_trees = True
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -65,8 +71,17 @@ class TreeRunnerMixin:
         self._step: Step | None = None
         self._walked: WalkResult | None = None
         self._seen: Candidates | None = None
+        self._draft_model: DraftModel | None = None
+        self._predictor: DraftPredictor | None = None
 
     # -- start-up ---------------------------------------------------------------------------------
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Stock; then the draft model, if the options name one."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self._options, "model", None) is not None:
+            hooks.require(hooks.DRAFT)
+            self._draft_model = DraftModel(self, self._options)
 
     def start_drafting(self: Any, prior: list[tuple[int, float]]) -> None:
         """Begin to draft, once it is known what can be verified and what a step costs.
@@ -75,6 +90,16 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
+        if self._draft_model is not None:
+            self._draft_model.bind()
+            measured = self._draft_model.measure([rows for rows, _ in prior])
+            self._predictor = DraftPredictor(
+                self._draft_model,
+                self,
+                branching=self.trees_refused is None,
+                partial=self.partial_trees,
+                cost=CostModel(measured),
+            )
         self._resources = load_resources(
             self._options, self.model_config, self.vllm_config.load_config.download_dir
         )
@@ -82,7 +107,9 @@ class TreeRunnerMixin:
 
     def _new_drafting(self: Any) -> Drafting:
         self._switches = 0
-        drafter = build_drafter(self._method, self._options, self._resources, self._timer.cost)
+        drafter = build_drafter(
+            self._method, self._options, self._resources, self._timer.cost, self._predictor
+        )
         return Drafting(drafter, trees=self.trees_refused is None)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
@@ -121,8 +148,12 @@ class TreeRunnerMixin:
     # -- one step ---------------------------------------------------------------------------------
 
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        """Stock, timed."""
+        """Stock, timed; what it does to KV blocks is told to the draft model."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)
+        if self._predictor is not None:
+            for request in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+                self._predictor.forget(request)
+            self._predictor.ledger.forget(scheduler_output.new_block_ids_to_zero or ())
         return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
 
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -148,6 +179,20 @@ class TreeRunnerMixin:
             for metadata in built[0].values():
                 setattr(metadata, STEP_ATTRIBUTE, self._step.attention)
         return built
+
+    def attach_trees(
+        self, metadata: Any, step: Step, query_starts: Any, bases: Any, block_table: torch.Tensor
+    ) -> None:
+        """Attach the trees of a pass of the draft model to its attention metadata.
+
+        Args:
+            metadata: as vLLM's builder made it.
+            step: of the pass, with branching trees.
+            query_starts: int32 [requests + 1]; first row of each request.
+            bases: int32 [requests]; slot of each tree's root.
+            block_table: [requests, pages].
+        """
+        setattr(metadata, STEP_ATTRIBUTE, step.attention)
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if logits is None or self._step is None:
@@ -220,13 +265,21 @@ class TreeRunnerMixin:
 
     def _try_to_draft(self: Any, *step: Any) -> dict[str, TokenTree]:
         """Draft, or go on without a draft: nothing in drafting may take the engine down."""
+        model = self._draft_model
+        passes = model.seconds if model is not None else 0.0
         try:
             return dict(self._draft(*step))
         except Exception:
             logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
             self._counters.add("drafting_errors", 1)
+            if model is not None and model.failed:
+                logger.error("vllm-ext: the draft model failed and is not used any more")
+                self._predictor = None
             self._drafting = self._new_drafting()
             return {}
+        finally:
+            if model is not None:
+                self._timer.exclude(model.seconds - passes)
 
     def _draft(
         self: Any,
@@ -243,11 +296,13 @@ class TreeRunnerMixin:
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
         }
-        unfinished = sum(
-            min(self.requests[r].num_tokens, scheduler_output.num_scheduled_tokens[r])
-            for r, emitted in zip(request_ids, tokens, strict=True)
-            if not emitted
-        )
+        prompts = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
+        scheduled = scheduler_output.num_scheduled_tokens
+        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in prompts)
+        if self._predictor is not None:
+            self._predictor.prompts = {
+                r: self.requests[r].num_computed_tokens + scheduled[r] for r in prompts
+            }
         drafting.propose(ready, limits, unfinished)
         self._prune_forbidden(drafting.trees, request_ids)
         self._count_decisions(drafting, ready)
@@ -296,6 +351,8 @@ class TreeRunnerMixin:
 
     def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)  # type: ignore[misc]
+        if self._predictor is not None:
+            self._predictor.forget(req_id)
         if self._drafting is not None:
             self._drafting.stop(req_id)
 
