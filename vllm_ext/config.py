@@ -86,10 +86,10 @@ def draft_slots(vllm_config: Any) -> int:
 
     The walk's own token, which becomes the root of the next tree, and the nodes of that tree.
     """
-    carried = (vllm_config.additional_config or {}).get(CONFIG_KEY)
-    if not is_ours(vllm_config.speculative_config) or not carried["options"].get("model"):
+    if not is_ours(vllm_config.speculative_config):
         return 0
-    return 1 + int(carried["options"]["num_speculative_tokens"])
+    options = vllm_config.additional_config[CONFIG_KEY]["options"]
+    return 1 + int(options["num_speculative_tokens"]) if options.get("model") else 0
 
 
 def is_ours(speculative_config: Any) -> bool:

@@ -116,7 +116,9 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         keys = self.key_layout.read(key_cache.index_select(0, table)).float()
         values = read_values(value_cache.index_select(0, table)).float()
         mask = tree_mask(step, tree, blocks * block_size, self.sliding_window)
-        return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(query.dtype)
+        return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(
+            query.dtype
+        )
 
 
 def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:

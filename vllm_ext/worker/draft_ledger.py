@@ -3,9 +3,9 @@
 
 The draft model shares the target's block tables, but not every step runs it. vLLM's prefix cache
 hands out blocks because the *target* computed them; the draft's half of such a block may be missing
-or belong to another text. So a full block is marked, when the draft model has filled it, with a hash
-of the whole text up to its end, and a request may rely on the leading blocks whose marks agree with
-its own text. Nothing depends on when vLLM frees, reuses or evicts a block: a mark is true until the
+or belong to another text. So a block that the draft model has filled is marked with a hash of the
+whole text up to its end, and a request may rely on the leading blocks whose marks agree with its
+own text. Nothing depends on when vLLM frees, reuses or evicts a block: a mark is true until the
 draft model, the only writer of these layers, writes into the block again.
 """
 

@@ -119,7 +119,7 @@ class DraftModel:
                 "whole context"
             )
         gid, group = groups[0]
-        specs = {name: group.kv_cache_spec for name in self.layers}
+        specs = dict.fromkeys(self.layers, group.kv_cache_spec)
         if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
             specs = {name: group.kv_cache_spec.kv_cache_specs[name] for name in self.layers}
         kinds = {type(spec).__name__ for spec in specs.values()}

@@ -139,7 +139,7 @@ class DraftPredictor:
         text = self._texts[request]
         row = self._runner.input_batch.req_id_to_index[request]
         slots = min(self._slots(row), self._longest) - text.length
-        return min(slots, _MOST_NODES) - len(text.tokens)
+        return int(min(slots, _MOST_NODES)) - len(text.tokens)
 
     def predict(self, nodes: Sequence[LevelNode]) -> list[Candidates]:
         """See `LevelPredictor.predict`."""
@@ -228,9 +228,7 @@ class DraftPredictor:
         unread = tokens[text.done if text is not None else 0 :]
         return bool((unread < self._model.vocab_size).all() and (unread >= 0).all())
 
-    def _run(
-        self, parts: Sequence[DraftRows]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _run(self, parts: Sequence[DraftRows]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         before = self._model.seconds
         found = self._model.run(parts, WIDTH)
         rows = sum(len(part.tokens) for part in parts)
@@ -250,7 +248,7 @@ class DraftPredictor:
         return blocks
 
     def _slots(self, row: int) -> int:
-        return len(self._blocks(row)) * self._model.table.block_size
+        return len(self._blocks(row)) * int(self._model.table.block_size)
 
 
 def agreement(mine: Sequence[int], theirs: Sequence[int]) -> int:

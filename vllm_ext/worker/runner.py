@@ -26,15 +26,13 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import gpu_model_runner
 
 from logits_processors.vllm_v1 import V1Processor
-from proposers.cost_model import CostModel
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
-from vllm_ext.worker.draft_model import DraftModel
-from vllm_ext.worker.draft_predictor import DraftPredictor
+from vllm_ext.worker.draft_runner import DraftModelMixin
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
@@ -46,19 +44,16 @@ logger = init_logger("vllm.vllm_ext")
 _CALIBRATION_ROUNDS = 5
 
 
-class TreeRunnerMixin:
+class TreeRunnerMixin(DraftModelMixin):
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
         trees_refused: why branching trees cannot be verified here (then chains are drafted), or
             ``None``.
         touched: the hooks that this runner and its worker rely on.
-        partial_trees: whether its tree attention takes the last rows of a tree alone, those before
-            them being in the cache.
     """
 
     touched: tuple[hooks.Hook, ...] = hooks.WORKER
-    partial_trees = True
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -71,17 +66,8 @@ class TreeRunnerMixin:
         self._step: Step | None = None
         self._walked: WalkResult | None = None
         self._seen: Candidates | None = None
-        self._draft_model: DraftModel | None = None
-        self._predictor: DraftPredictor | None = None
 
     # -- start-up ---------------------------------------------------------------------------------
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Stock; then the draft model, if the options name one."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
-        if getattr(self._options, "model", None) is not None:
-            hooks.require(hooks.DRAFT)
-            self._draft_model = DraftModel(self, self._options)
 
     def start_drafting(self: Any, prior: list[tuple[int, float]]) -> None:
         """Begin to draft, once it is known what can be verified and what a step costs.
@@ -90,16 +76,7 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
-        if self._draft_model is not None:
-            self._draft_model.bind()
-            measured = self._draft_model.measure([rows for rows, _ in prior])
-            self._predictor = DraftPredictor(
-                self._draft_model,
-                self,
-                branching=self.trees_refused is None,
-                partial=self.partial_trees,
-                cost=CostModel(measured),
-            )
+        self.start_draft_model([rows for rows, _ in prior])
         self._resources = load_resources(
             self._options, self.model_config, self.vllm_config.load_config.download_dir
         )
@@ -148,13 +125,9 @@ class TreeRunnerMixin:
     # -- one step ---------------------------------------------------------------------------------
 
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        """Stock, timed; what it does to KV blocks is told to the draft model."""
+        """Stock, timed."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)
-        if self._predictor is not None:
-            for request in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-                self._predictor.forget(request)
-            self._predictor.ledger.forget(scheduler_output.new_block_ids_to_zero or ())
-        return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+        return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
@@ -179,20 +152,6 @@ class TreeRunnerMixin:
             for metadata in built[0].values():
                 setattr(metadata, STEP_ATTRIBUTE, self._step.attention)
         return built
-
-    def attach_trees(
-        self, metadata: Any, step: Step, query_starts: Any, bases: Any, block_table: torch.Tensor
-    ) -> None:
-        """Attach the trees of a pass of the draft model to its attention metadata.
-
-        Args:
-            metadata: as vLLM's builder made it.
-            step: of the pass, with branching trees.
-            query_starts: int32 [requests + 1]; first row of each request.
-            bases: int32 [requests]; slot of each tree's root.
-            block_table: [requests, pages].
-        """
-        setattr(metadata, STEP_ATTRIBUTE, step.attention)
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if logits is None or self._step is None:
@@ -265,21 +224,16 @@ class TreeRunnerMixin:
 
     def _try_to_draft(self: Any, *step: Any) -> dict[str, TokenTree]:
         """Draft, or go on without a draft: nothing in drafting may take the engine down."""
-        model = self._draft_model
-        passes = model.seconds if model is not None else 0.0
         try:
             return dict(self._draft(*step))
         except Exception:
             logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
             self._counters.add("drafting_errors", 1)
-            if model is not None and model.failed:
-                logger.error("vllm-ext: the draft model failed and is not used any more")
-                self._predictor = None
+            self.drop_failed_draft_model()
             self._drafting = self._new_drafting()
             return {}
         finally:
-            if model is not None:
-                self._timer.exclude(model.seconds - passes)
+            self._timer.exclude(self.draft_model_seconds())
 
     def _draft(
         self: Any,
@@ -296,12 +250,12 @@ class TreeRunnerMixin:
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
         }
-        prompts = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
+        unread = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
         scheduled = scheduler_output.num_scheduled_tokens
-        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in prompts)
+        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in unread)
         if self._predictor is not None:
             self._predictor.prompts = {
-                r: self.requests[r].num_computed_tokens + scheduled[r] for r in prompts
+                r: self.requests[r].num_computed_tokens + scheduled[r] for r in unread
             }
         drafting.propose(ready, limits, unfinished)
         self._prune_forbidden(drafting.trees, request_ids)
@@ -350,9 +304,7 @@ class TreeRunnerMixin:
         return True  # the drafter bounds its trees; False would publish zeros as drafts
 
     def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
-        super()._on_request_state_removed(req_id, req_state)  # type: ignore[misc]
-        if self._predictor is not None:
-            self._predictor.forget(req_id)
+        super()._on_request_state_removed(req_id, req_state)
         if self._drafting is not None:
             self._drafting.stop(req_id)
 
