@@ -208,7 +208,8 @@ METHODS: dict[str, Method] = {
         Method(
             name="dyspec",
             summary="dynamic token tree from recycled target candidates and text already seen, "
-            "grown best first and sized by the measured cost of a step; needs no draft model",
+            "grown best first and sized by the measured cost of a step; needs no draft model, and "
+            "mixes one in where `model` names it",
             paper="DySpec (arXiv 2410.11744), Token Recycling (arXiv 2408.08696)",
             options=DySpecConfig,
         ),

@@ -35,7 +35,7 @@ def _levels_moved(positions: int, slots: int) -> Any:
         begin = 0
         for part in parts:
             end = begin + len(part.tokens)
-            if part.wanted == len(part.tokens) and part.wanted > 1 or part.tree is not None:
+            if (part.wanted == len(part.tokens) and part.wanted > 1) or part.tree is not None:
                 at[begin:end] += positions
                 where[begin:end] = np.roll(where[begin:end], slots)
             begin = end
