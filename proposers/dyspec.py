@@ -134,12 +134,15 @@ class DySpec:
     Args:
         mixture: what predicts the tokens.
         options: limits.
+
+    Attributes:
+        mixture: as given.
     """
 
     spent = 0.0
 
     def __init__(self, mixture: Mixture, options: DySpecOptions) -> None:
-        self._mixture = mixture
+        self.mixture = mixture
         self._options = options
         self._growths: dict[str, Growth] = {}
         self._biases: dict[str, Bias] = {}
@@ -147,7 +150,7 @@ class DySpec:
     @property
     def sources(self) -> tuple[Source, ...]:
         """See `Grower.sources`."""
-        return self._mixture.sources
+        return self.mixture.sources
 
     def grow(
         self,
@@ -161,7 +164,7 @@ class DySpec:
         growths = [self.begin(draftee) for draftee in draftees]
         return grow(
             growths,
-            self._mixture,
+            self.mixture,
             cost,
             self._options,
             base_rows=base_rows,
@@ -171,7 +174,7 @@ class DySpec:
     def begin(self, draftee: Draftee) -> Growth:
         """A request's growth with its root alone; it becomes the one that `learn` looks at."""
         growth = self._growths[draftee.request] = Growth(
-            self._mixture.root(draftee.request),
+            self.mixture.root(draftee.request),
             greedy=draftee.greedy,
             chain=draftee.chain,
             limit=draftee.limit,
@@ -179,10 +182,15 @@ class DySpec:
         )
         return growth
 
+    def prediction(self, request: str) -> Prediction | None:
+        """What was expected after a request's committed text, if it was asked."""
+        growth = self._growths.get(request)
+        return growth.predictions.get(ROOT) if growth is not None else None
+
     def _bias(self, request: str) -> Bias:
         bias = self._biases.get(request)
         if bias is None:
-            bias = self._biases[request] = Bias(len(self._mixture.sources))
+            bias = self._biases[request] = Bias(len(self.mixture.sources))
         return bias
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:
@@ -195,7 +203,7 @@ class DySpec:
             prediction = growth.predictions.get(node)
             if prediction is None:
                 return
-            self._mixture.learn(prediction, token)
+            self.mixture.learn(prediction, token)
             child = growth.children.get((node, token))
             if child is None:
                 return

@@ -151,14 +151,14 @@ class Layerwise(DySpec):
         """See `Grower.grow`."""
         self.spent = 0.0
         contexts = [
-            _Contexts(self._mixture, 0, self._mixture.root(draftee.request)) for draftee in draftees
+            _Contexts(self.mixture, 0, self.mixture.root(draftee.request)) for draftee in draftees
         ]
 
         def grown() -> tuple[list[_Growth], list[TokenTree]]:
             growths = [self._begin(d, c) for d, c in zip(draftees, contexts, strict=True)]
             trees = grow(
                 growths,
-                self._mixture,
+                self.mixture,
                 cost,
                 self._options,
                 base_rows=base_rows,

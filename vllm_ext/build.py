@@ -175,13 +175,18 @@ def _grower(
         return Puct(mixture, limits, iterations=options.iterations, branching=options.branching)
     if isinstance(options, RasdConfig):
         retrieval = Mixture([SuffixSource(resources.vocab_size), *files])
-        draft = Mixture(_sources(options.draft, resources))
-        return Rasd(draft, retrieval, limits, top_k=options.top_k)
+        sources = _sources(options.draft, resources)
+        draft = (
+            DySpec(Mixture(sources), limits)
+            if predictor is None
+            else Layerwise(predictor, sources, limits, free=not options.adaptive)
+        )
+        return Rasd(draft, DySpec(retrieval, limits), limits, top_k=options.top_k)
     if isinstance(options, DySpecConfig):
-        sources = [*files, *_sources(options.sources, resources)]
+        mixed = [*files, *_sources(options.sources, resources)]
         if predictor is not None:
-            return Layerwise(predictor, sources, limits, free=not options.adaptive)
-        return DySpec(Mixture(sources), limits)
+            return Layerwise(predictor, mixed, limits, free=not options.adaptive)
+        return DySpec(Mixture(mixed), limits)
     own = {"suffix_tree": ["suffix"], "copy": ["copy"]}.get(method, [])
     return DySpec(Mixture([*_sources(own, resources), *files]), limits)
 

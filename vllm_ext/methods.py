@@ -73,19 +73,9 @@ class TreeConfig(BaseModel):
     )
 
 
-class DySpecConfig(TreeConfig):
-    """Options of ``{"method": "dyspec"}``."""
+class DraftModelConfig(TreeConfig):
+    """Options of methods that a draft model may serve; names are vLLM's where it has them."""
 
-    max_depth: int = _depth(12)
-    min_probability: float = _MIN_PROBABILITY
-    sources: list[str] = Field(
-        default=["suffix", "trigram", "bigram"],
-        description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
-        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
-    )
-    prime: str = _PRIME
-    datastore: str | None = _DATASTORE
-    past_outputs_mib: int = _PAST_OUTPUTS
     model: str | None = Field(
         default=None,
         min_length=1,
@@ -107,6 +97,21 @@ class DySpecConfig(TreeConfig):
     draft_tensor_parallel_size: int = Field(
         default=1, ge=1, le=1, description="the draft model runs on one worker"
     )
+
+
+class DySpecConfig(DraftModelConfig):
+    """Options of ``{"method": "dyspec"}``."""
+
+    max_depth: int = _depth(12)
+    min_probability: float = _MIN_PROBABILITY
+    sources: list[str] = Field(
+        default=["suffix", "trigram", "bigram"],
+        description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
+        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
+    )
+    prime: str = _PRIME
+    datastore: str | None = _DATASTORE
+    past_outputs_mib: int = _PAST_OUTPUTS
 
 
 class TokenRecyclingConfig(TreeConfig):
@@ -141,7 +146,7 @@ class AdedConfig(TreeConfig):
     datastore: str | None = _DATASTORE
 
 
-class RasdConfig(TreeConfig):
+class RasdConfig(DraftModelConfig):
     """Options of ``{"method": "rasd"}``."""
 
     max_depth: int = _depth(12)
@@ -301,8 +306,8 @@ def _explain(method: Method, problem: Any) -> str:
         if name == "model":
             takes = [m.name for m in METHODS.values() if "model" in m.options.model_fields]
             return (
-                f"the method takes no draft model (given model={problem['input']!r}); "
-                f"{', '.join(takes)} does"
+                f"the method takes no draft model (given model={problem['input']!r}); these do: "
+                f"{', '.join(takes)}"
             )
         return f"unknown option '{name}' (given {problem['input']!r})"
     return f"option '{name}' given as {problem['input']!r}: {problem['msg'].lower()}"

@@ -16,6 +16,7 @@ from proposers.dyspec import DySpec
 from proposers.grower import Draftee
 from proposers.layerwise import Layerwise
 from proposers.levels import LevelNode, ModelSource
+from proposers.rasd import Rasd
 from proposers.tree import ROOT
 
 FREE = CostModel([(1, 1.0)], margin=0.0)
@@ -207,6 +208,26 @@ def test_it_learns_which_source_was_right(table_source) -> None:
     assert shares[-1][1] < shares[0][1] / 2
     assert shares[-1][0] > shares[0][0]
     grower.stop("a")
+
+
+def test_rasd_prunes_retrieval_by_the_models_first_step(table_source) -> None:
+    ranked = sorted(law(("a",)).items(), key=lambda pair: -pair[1])
+    likely, unlikely = ranked[0][0], ranked[-1][0]
+
+    def fused(first: int) -> TokenTree:
+        # A path that the model's own tree cannot hold beyond its first token.
+        retrieved = table_source({10: {first: 0.9}, first: {77: 0.9}})
+        retrieved.start("a", [10], greedy=True)
+        draft = Layerwise(Model(0.001), [], options())
+        retrieval = DySpec(Mixture([retrieved]), options())
+        grower = Rasd(draft, retrieval, options(), top_k=2)
+        (tree,) = grower.grow([draftee("a", 40)], FREE, base_rows=1, base_tokens=1.0)
+        tree.validate()
+        assert grower.spent == draft.spent > 0.0
+        return tree
+
+    assert 77 in fused(likely).tokens
+    assert 77 not in fused(unlikely).tokens
 
 
 def test_the_same_calls_give_the_same_trees() -> None:
