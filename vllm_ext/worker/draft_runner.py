@@ -40,8 +40,14 @@ class DraftModelMixin:
             hooks.require(hooks.DRAFT)
             self._draft_model = DraftModel(self, self._options)
 
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Stock; then the draft model finds its part, and sets its layers up for its own dtype."""
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        if self._draft_model is not None:
+            self._draft_model.bind()
+
     def start_draft_model(self: Any, row_counts: Sequence[int]) -> None:
-        """Bind the draft model to its KV cache and measure its passes.
+        """Measure the passes of the draft model and let it predict.
 
         Args:
             row_counts: numbers of rows to measure.
@@ -49,7 +55,6 @@ class DraftModelMixin:
         model = self._draft_model
         if model is None:
             return
-        model.bind()
         measured = model.measure(row_counts)
         self._predictor = DraftPredictor(
             model,
