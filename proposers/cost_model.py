@@ -155,14 +155,28 @@ class CostModel:
             search.add(prob)
         return search.size
 
-    def gain(self, base_rows: int, base_tokens: float, nodes: int, extra_tokens: float) -> float:
-        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens`."""
-        slower = self.seconds(base_rows + nodes) / self.seconds(base_rows)
+    def gain(
+        self,
+        base_rows: int,
+        base_tokens: float,
+        nodes: int,
+        extra_tokens: float,
+        spent: float = 0.0,
+    ) -> float:
+        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens` and took
+        `spent` seconds to draft.
+        """
+        slower = (self.seconds(base_rows + nodes) + spent) / self.seconds(base_rows)
         return (base_tokens + extra_tokens) / base_tokens / slower - 1.0
 
-    def search(self, base_rows: int, base_tokens: float, limit: int) -> SizeSearch:
-        """The search that `best_size` makes, for nodes that come one by one; at most `limit`."""
-        costs = self.curve(base_rows + limit)[base_rows:]
+    def search(
+        self, base_rows: int, base_tokens: float, limit: int, spent: float = 0.0
+    ) -> SizeSearch:
+        """The search that `best_size` makes, for nodes that come one by one; at most `limit`.
+
+        `spent` seconds are gone whatever its outcome: they count for every size, none included.
+        """
+        costs = self.curve(base_rows + limit)[base_rows:] + spent
         inner = (self._rows > base_rows) & (self._rows < base_rows + limit)
         corners = [*(self._rows[inner].astype(int) - base_rows).tolist(), limit]
         return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)

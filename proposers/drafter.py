@@ -154,7 +154,8 @@ class TreeDrafter:
             return trees
         nodes = sum(map(len, trees))
         extra = sum(sum(tree.probs) for tree in trees)
-        gain = self.cost.gain(base_rows, base_tokens, nodes, extra) if nodes else 0.0
+        spent = self._grower.spent
+        gain = self.cost.gain(base_rows, base_tokens, nodes, extra, spent) if nodes else 0.0
         return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
 
     def stop(self, request: str) -> None:

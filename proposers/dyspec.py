@@ -134,10 +134,15 @@ class DySpec:
     Args:
         mixture: what predicts the tokens.
         options: limits.
+
+    Attributes:
+        mixture: as given.
     """
 
+    spent = 0.0
+
     def __init__(self, mixture: Mixture, options: DySpecOptions) -> None:
-        self._mixture = mixture
+        self.mixture = mixture
         self._options = options
         self._growths: dict[str, Growth] = {}
         self._biases: dict[str, Bias] = {}
@@ -145,7 +150,7 @@ class DySpec:
     @property
     def sources(self) -> tuple[Source, ...]:
         """See `Grower.sources`."""
-        return self._mixture.sources
+        return self.mixture.sources
 
     def grow(
         self,
@@ -159,7 +164,7 @@ class DySpec:
         growths = [self.begin(draftee) for draftee in draftees]
         return grow(
             growths,
-            self._mixture,
+            self.mixture,
             cost,
             self._options,
             base_rows=base_rows,
@@ -168,17 +173,25 @@ class DySpec:
 
     def begin(self, draftee: Draftee) -> Growth:
         """A request's growth with its root alone; it becomes the one that `learn` looks at."""
-        bias = self._biases.get(draftee.request)
-        if bias is None:
-            bias = self._biases[draftee.request] = Bias(len(self._mixture.sources))
         growth = self._growths[draftee.request] = Growth(
-            self._mixture.root(draftee.request),
+            self.mixture.root(draftee.request),
             greedy=draftee.greedy,
             chain=draftee.chain,
             limit=draftee.limit,
-            bias=bias,
+            bias=self._bias(draftee.request),
         )
         return growth
+
+    def prediction(self, request: str) -> Prediction | None:
+        """What was expected after a request's committed text, if it was asked."""
+        growth = self._growths.get(request)
+        return growth.predictions.get(ROOT) if growth is not None else None
+
+    def _bias(self, request: str) -> Bias:
+        bias = self._biases.get(request)
+        if bias is None:
+            bias = self._biases[request] = Bias(len(self.mixture.sources))
+        return bias
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:
         """See `Grower.learn`."""
@@ -190,7 +203,7 @@ class DySpec:
             prediction = growth.predictions.get(node)
             if prediction is None:
                 return
-            self._mixture.learn(prediction, token)
+            self.mixture.learn(prediction, token)
             child = growth.children.get((node, token))
             if child is None:
                 return
@@ -210,6 +223,7 @@ def grow(
     *,
     base_rows: int,
     base_tokens: float,
+    spent: float = 0.0,
 ) -> list[TokenTree]:
     """Grow the trees of a batch together and cut them where more nodes would not pay.
 
@@ -220,12 +234,13 @@ def grow(
         options: limits.
         base_rows: rows of the step without drafts.
         base_tokens: tokens that the step yields without drafts.
+        spent: seconds of drafting so far that `cost` does not contain.
 
     Returns:
         One tree per growth, nodes best first.
     """
     limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
-    search = cost.search(base_rows, base_tokens, limit)
+    search = cost.search(base_rows, base_tokens, limit, spent)
     floor = max(options.min_prob, search.min_prob)
 
     # Of a node's children only the best one not yet added waits in the heap, with the rest behind

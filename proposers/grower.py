@@ -36,6 +36,7 @@ def cut(
     base_rows: int,
     base_tokens: float,
     most: int,
+    spent: float = 0.0,
 ) -> list[TokenTree]:
     """The best nodes of a batch of finished trees, as many as pay.
 
@@ -45,9 +46,10 @@ def cut(
         base_rows: rows of the step without drafts.
         base_tokens: tokens that the step yields without drafts.
         most: nodes over all trees.
+        spent: seconds of drafting so far that `cost` does not contain.
     """
     order = sorted((-p, index) for index, tree in enumerate(trees) for p in tree.probs)[:most]
-    search = cost.search(base_rows, base_tokens, len(order))
+    search = cost.search(base_rows, base_tokens, len(order), spent)
     for negative, _ in order:
         search.add(-negative)
     kept = [0] * len(trees)
@@ -70,7 +72,14 @@ def ordered(
 
 
 class Grower(Protocol):
-    """Grows the trees of a batch. Its sources know the requests; it keeps what it predicted."""
+    """Grows the trees of a batch. Its sources know the requests; it keeps what it predicted.
+
+    Attributes:
+        spent: seconds that the latest trees cost beyond what the cost model knows of, namely the
+            forward passes of a draft model.
+    """
+
+    spent: float
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -115,7 +115,7 @@ class Puct(DySpec):
         )
 
     def _expand(self, growth: Growth, leaf: _Node, chain: bool) -> list[_Node]:
-        found = growth.expand(leaf.index, self._mixture).probs
+        found = growth.expand(leaf.index, self.mixture).probs
         best = sorted(found.items(), key=lambda item: (-item[1], item[0]))
         children = []
         for token, prob in best[: 1 if chain else self._branching]:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
 from proposers.grower import Draftee, cut, ordered
+from proposers.layerwise import Layerwise
 from proposers.mixture import Mixture, Prediction
 from proposers.source import Source
 from proposers.tree import ROOT, TokenTree
@@ -36,19 +37,19 @@ class Rasd:
     """Grows fused trees.
 
     Args:
-        draft: mixture of the sources that draft.
-        retrieval: mixture of the sources that retrieve.
+        draft: grows the draft trees, by the true cost if a draft model is part of it.
+        retrieval: grows the retrieval trees.
         options: limits, for each tree and for the fused one.
         top_k: first tokens that retrieval may begin with.
     """
 
+    spent = 0.0
+
     def __init__(
-        self, draft: Mixture, retrieval: Mixture, options: DySpecOptions, *, top_k: int
+        self, draft: DySpec, retrieval: DySpec, options: DySpecOptions, *, top_k: int
     ) -> None:
-        self._draft_mixture = draft
-        self._retrieval_mixture = retrieval
-        self._draft = DySpec(draft, options)
-        self._retrieval = DySpec(retrieval, options)
+        self._draft = draft
+        self._retrieval = retrieval
         self._options = options
         self._top_k = top_k
         self._free = _FreeRows()
@@ -67,20 +68,29 @@ class Rasd:
         base_tokens: float,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
+        true = cost if isinstance(self._draft, Layerwise) else self._free
+        drafted = self._draft.grow(draftees, true, base_rows=base_rows, base_tokens=base_tokens)
+        self.spent = self._draft.spent
         fused = []
-        for draftee in draftees:
-            drafted_growth = self._draft.begin(draftee)
-            (drafted,) = self._grown(drafted_growth, self._draft_mixture)
-            root = drafted_growth.predictions.get(ROOT)
-            retrieved_growth = _Pruned(self._retrieval.begin(draftee), self._allowed(root))
-            (retrieved,) = self._grown(retrieved_growth, self._retrieval_mixture)
-            fused.append(fuse(drafted, retrieved, draftee.limit, chain=draftee.chain))
+        for draftee, tree in zip(draftees, drafted, strict=True):
+            allowed = self._allowed(self._draft.prediction(draftee.request))
+            growth = _Pruned(self._retrieval.begin(draftee), allowed)
+            (retrieved,) = grow(
+                [growth],
+                self._retrieval.mixture,
+                self._free,
+                self._options,
+                base_rows=1,
+                base_tokens=1.0,
+            )
+            fused.append(fuse(tree, retrieved, draftee.limit, chain=draftee.chain))
         return cut(
             fused,
             cost,
             base_rows=base_rows,
             base_tokens=base_tokens,
             most=self._options.max_batch_nodes,
+            spent=self.spent,
         )
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:
@@ -92,9 +102,6 @@ class Rasd:
         """See `Grower.stop`."""
         self._draft.stop(request)
         self._retrieval.stop(request)
-
-    def _grown(self, growth: Growth, mixture: Mixture) -> list[TokenTree]:
-        return grow([growth], mixture, self._free, self._options, base_rows=1, base_tokens=1.0)
 
     def _allowed(self, root: Prediction | None) -> frozenset[int] | None:
         if root is None or not root.probs:

@@ -58,6 +58,8 @@ class StaticTemplate:
         max_batch_nodes: nodes over all requests of a step.
     """
 
+    spent = 0.0
+
     def __init__(
         self,
         source: Source,

@@ -17,6 +17,8 @@ from proposers.gate import Gate
 from proposers.grower import Grower
 from proposers.guard import GuardedSource
 from proposers.jacobi import JacobiSource
+from proposers.layerwise import Layerwise
+from proposers.levels import LevelPredictor
 from proposers.mixture import Mixture
 from proposers.past import PastSource
 from proposers.prime import PrimeTable
@@ -121,7 +123,11 @@ def plugin_registry(names: Iterable[str]) -> Registry:
 
 
 def build_drafter(
-    method: str, options: TreeConfig, resources: Resources, cost: CostModel
+    method: str,
+    options: TreeConfig,
+    resources: Resources,
+    cost: CostModel,
+    predictor: LevelPredictor | None = None,
 ) -> TreeDrafter:
     """The drafter of a method.
 
@@ -130,6 +136,7 @@ def build_drafter(
         options: its validated options.
         resources: what `load_resources` gave for them.
         cost: latency of a step by rows.
+        predictor: the draft model, if the options name one and it works.
     """
     limits = DySpecOptions(
         max_nodes=options.num_speculative_tokens,
@@ -140,13 +147,17 @@ def build_drafter(
         resources.vocab_size,
         limits,
         cost,
-        grower=_grower(method, options, resources, limits),
+        grower=_grower(method, options, resources, limits, predictor),
         gate=Gate() if options.adaptive else None,
     )
 
 
 def _grower(
-    method: str, options: TreeConfig, resources: Resources, limits: DySpecOptions
+    method: str,
+    options: TreeConfig,
+    resources: Resources,
+    limits: DySpecOptions,
+    predictor: LevelPredictor | None,
 ) -> Grower:
     files = _file_sources(options, resources)
     if isinstance(options, TokenRecyclingConfig):
@@ -164,10 +175,18 @@ def _grower(
         return Puct(mixture, limits, iterations=options.iterations, branching=options.branching)
     if isinstance(options, RasdConfig):
         retrieval = Mixture([SuffixSource(resources.vocab_size), *files])
-        draft = Mixture(_sources(options.draft, resources))
-        return Rasd(draft, retrieval, limits, top_k=options.top_k)
+        sources = _sources(options.draft, resources)
+        draft = (
+            DySpec(Mixture(sources), limits)
+            if predictor is None
+            else Layerwise(predictor, sources, limits, free=not options.adaptive)
+        )
+        return Rasd(draft, DySpec(retrieval, limits), limits, top_k=options.top_k)
     if isinstance(options, DySpecConfig):
-        return DySpec(Mixture([*files, *_sources(options.sources, resources)]), limits)
+        mixed = [*files, *_sources(options.sources, resources)]
+        if predictor is not None:
+            return Layerwise(predictor, mixed, limits, free=not options.adaptive)
+        return DySpec(Mixture(mixed), limits)
     own = {"suffix_tree": ["suffix"], "copy": ["copy"]}.get(method, [])
     return DySpec(Mixture([*_sources(own, resources), *files]), limits)
 

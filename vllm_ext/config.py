@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 from vllm_ext.build import check_resources
+from vllm_ext.draft_config import check_draft
 from vllm_ext.methods import METHODS, OptionError, TreeConfig, parse_options
 
 CONFIG_KEY = "vllm_ext"
@@ -52,12 +53,15 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     given = {k.replace("-", "_"): v for k, v in config.items() if k != "method"}
     options = parse_options(method, given)
     _refuse_impossible(engine_args, model_config, parallel_config)
+    download_dir = getattr(engine_args, "download_dir", None)
     try:
-        check_resources(options, model_config, getattr(engine_args, "download_dir", None))
+        check_draft(options, model_config, parallel_config, download_dir)
+        check_resources(options, model_config, download_dir)
     except ValueError as error:
         raise OptionError(f"speculative method '{method.name}': {error}") from error
 
-    engine_args.spec_method = engine_args.spec_tokens = None  # merged above; a second merge raises
+    # Merged above; a second merge raises.
+    engine_args.spec_method = engine_args.spec_tokens = engine_args.spec_model = None
     engine_args.speculative_config = {
         "method": "custom_class",
         "model": PLACEHOLDER_CLASS,
@@ -77,6 +81,17 @@ def read_options(vllm_config: Any) -> tuple[str, TreeConfig]:
     return method.name, parse_options(method, carried["options"])
 
 
+def draft_slots(vllm_config: Any) -> int:
+    """KV slots that a draft model of ours writes beyond the tokens that are scheduled.
+
+    The walk's own token, which becomes the root of the next tree, and the nodes of that tree.
+    """
+    if not is_ours(vllm_config.speculative_config):
+        return 0
+    options = vllm_config.additional_config[CONFIG_KEY]["options"]
+    return 1 + int(options["num_speculative_tokens"]) if options.get("model") else 0
+
+
 def is_ours(speculative_config: Any) -> bool:
     """Whether a finished ``SpeculativeConfig`` was made by :func:`translate`."""
     return speculative_config is not None and speculative_config.model == PLACEHOLDER_CLASS
@@ -84,7 +99,11 @@ def is_ours(speculative_config: Any) -> bool:
 
 def _merged_config(engine_args: Any) -> dict[str, Any] | None:
     """The speculative config with ``--spec-method`` and ``--spec-tokens`` merged in."""
-    flags = {"method": engine_args.spec_method, "num_speculative_tokens": engine_args.spec_tokens}
+    flags = {
+        "method": engine_args.spec_method,
+        "model": engine_args.spec_model,
+        "num_speculative_tokens": engine_args.spec_tokens,
+    }
     given = {key: value for key, value in flags.items() if value is not None}
     config = engine_args.speculative_config
     if not config and not given:
@@ -94,12 +113,17 @@ def _merged_config(engine_args: Any) -> dict[str, Any] | None:
         return config  # not ours: vLLM merges, and complains, itself
     for key, value in given.items():
         if key in config:
-            flag = {"method": "--spec-method", "num_speculative_tokens": "--spec-tokens"}[key]
+            flag = _FLAGS[key]
             raise OptionError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
         config[key] = value
-    if engine_args.spec_model is not None:
-        raise OptionError(f"--spec-model is given, but '{config['method']}' uses no draft model")
     return config
+
+
+_FLAGS = {
+    "method": "--spec-method",
+    "model": "--spec-model",
+    "num_speculative_tokens": "--spec-tokens",
+}
 
 
 def _worker_class(parallel_config: Any) -> str:

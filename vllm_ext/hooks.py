@@ -177,6 +177,94 @@ WORKER = (
 )
 """Touched by every worker."""
 
+DRAFT = (
+    Hook(
+        "draft-slots",
+        "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        None,
+        "read by the scheduler: a draft model writes keys and values beyond the scheduled tokens",
+        "vLLM asks the proposer of custom_class how many slots it needs",
+    ),
+    Hook(
+        "draft-load",
+        "vllm.model_executor.model_loader:get_model",
+        ("vllm_config", "model_config", "prefix"),
+        "loads the draft model; its layers get their share of the KV cache by being built",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-config",
+        "vllm.config:ModelConfig",
+        ("model", "runner", "tokenizer", "dtype", "spec_target_max_model_len", "quantization"),
+        "describes the draft model, and refuses what vLLM cannot load",
+        "custom_class may name a draft model",
+    ),
+    Hook(
+        "draft-config-copy",
+        "vllm.config.utils:replace",
+        ("dataclass_instance", "kwargs"),
+        "the engine's configuration with the draft model in place of the target",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-tag",
+        "vllm.compilation.backends:set_model_tag",
+        ("tag",),
+        "keeps the compiled draft model apart from the compiled target",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-context",
+        "vllm.forward_context:set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+        "gives the draft model's layers their metadata and slots",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-metadata",
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        (
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "num_reqs",
+            "num_actual_tokens",
+            "max_query_len",
+            "max_seq_len",
+            "block_table_tensor",
+            "slot_mapping",
+            "causal",
+            "positions",
+            "is_prefilling",
+            "seq_lens_cpu_upper_bound",
+        ),
+        "what vLLM's builders make the attention metadata of a draft pass from",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-builder",
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
+        ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+        "a builder for the draft model's layers alone",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "draft-blocks",
+        "vllm.v1.worker.block_table:BlockTable.get_numpy_array",
+        ("self",),
+        "the target's block tables say where the draft model's keys and values lie",
+        "stays: it is read, not changed",
+    ),
+    Hook(
+        "draft-groups",
+        "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+        None,
+        "layers of different sizes that share one block table",
+        "stays: it is read, not changed",
+    ),
+)
+"""Touched where a draft model is used."""
+
 CPU = (
     Hook(
         "worker-cpu",
@@ -308,7 +396,7 @@ CONSTRAINTS = (
     ),
 )
 
-ALL = FRONTEND + WORKER + CPU + CUDA + CONSTRAINTS
+ALL = FRONTEND + WORKER + DRAFT + CPU + CUDA + CONSTRAINTS
 
 
 def resolve(target: str) -> Any:

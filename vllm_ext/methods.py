@@ -74,16 +74,41 @@ class TreeConfig(BaseModel):
     )
 
 
-class DySpecConfig(TreeConfig):
+class DraftModelConfig(TreeConfig):
+    """Options of methods that a draft model may serve; names are vLLM's where it has them."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="draft model with the target's tokenizer, a folder or a name in the Hugging "
+        "Face cache; it is mixed with the sources, and run in steps where it pays",
+    )
+    quantization: str | None = Field(
+        default=None, description="of the draft model's weights, by vLLM's name; its config's"
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest text, in tokens, that the draft model reads; its config's, at most "
+        "the target's",
+    )
+    draft_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="dtype of the draft model; the target's"
+    )
+    draft_tensor_parallel_size: int = Field(
+        default=1, ge=1, le=1, description="the draft model runs on one worker"
+    )
+
+
+class DySpecConfig(DraftModelConfig):
     """Options of ``{"method": "dyspec"}``."""
 
     max_depth: int = _depth(12)
     min_probability: float = _MIN_PROBABILITY
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],
-        min_length=1,
         description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
-        "other packages by name; `datastore` and `past_outputs_mib` add theirs",
+        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
     )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE
@@ -122,7 +147,7 @@ class AdedConfig(TreeConfig):
     datastore: str | None = _DATASTORE
 
 
-class RasdConfig(TreeConfig):
+class RasdConfig(DraftModelConfig):
     """Options of ``{"method": "rasd"}``."""
 
     max_depth: int = _depth(12)
@@ -189,7 +214,8 @@ METHODS: dict[str, Method] = {
         Method(
             name="dyspec",
             summary="dynamic token tree from recycled target candidates and text already seen, "
-            "grown best first and sized by the measured cost of a step; needs no draft model",
+            "grown best first and sized by the measured cost of a step; needs no draft model, and "
+            "mixes one in where `model` names it",
             paper="DySpec (arXiv 2410.11744), Token Recycling (arXiv 2408.08696)",
             options=DySpecConfig,
         ),
@@ -278,5 +304,11 @@ def _explain(method: Method, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"option '{name}' is required"
     if problem["type"] == "extra_forbidden":
+        if name == "model":
+            takes = [m.name for m in METHODS.values() if "model" in m.options.model_fields]
+            return (
+                f"the method takes no draft model (given model={problem['input']!r}); these do: "
+                f"{', '.join(takes)}"
+            )
         return f"unknown option '{name}' (given {problem['input']!r})"
     return f"option '{name}' given as {problem['input']!r}: {problem['msg'].lower()}"

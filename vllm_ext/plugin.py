@@ -41,6 +41,7 @@ def register() -> None:
     _wrap_add_cli_args()
     _wrap_create_speculative_config()
     _wrap_validate_spec_decode()
+    _wrap_num_lookahead_tokens()
     _install_constraints()
 
 
@@ -121,6 +122,23 @@ def _wrap_create_speculative_config() -> None:
 
     setattr(create_speculative_config, _MARK, True)
     EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _wrap_num_lookahead_tokens() -> None:
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, "num_lookahead_tokens", None)
+    if original is None or getattr(original.fget, _MARK, False):
+        return  # draft models are refused by name where it is missing, see hooks.DRAFT
+
+    @functools.wraps(original.fget)
+    def num_lookahead_tokens(self: Any) -> int:
+        from vllm_ext.config import draft_slots
+
+        return int(original.fget(self)) + draft_slots(self)
+
+    setattr(num_lookahead_tokens, _MARK, True)
+    VllmConfig.num_lookahead_tokens = property(num_lookahead_tokens)
 
 
 def _wrap_validate_spec_decode() -> None:

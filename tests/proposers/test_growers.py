@@ -48,6 +48,10 @@ def started(source, token: int):
     return source
 
 
+def rasd_of(draft: Mixture, retrieval: Mixture, *, top_k: int) -> Rasd:
+    return Rasd(DySpec(draft, LIMITS), DySpec(retrieval, LIMITS), LIMITS, top_k=top_k)
+
+
 def growers(table_source, table, other) -> dict[str, object]:
     def make(content):
         return started(table_source(content), 0)
@@ -55,7 +59,7 @@ def growers(table_source, table, other) -> dict[str, object]:
     return {
         "template": StaticTemplate(make(table)),
         "puct": Puct(Mixture([make(table)]), LIMITS, iterations=40),
-        "rasd": Rasd(Mixture([make(table)]), Mixture([make(other)]), LIMITS, top_k=2),
+        "rasd": rasd_of(Mixture([make(table)]), Mixture([make(other)]), top_k=2),
     }
 
 
@@ -187,7 +191,7 @@ def rasd(table_source, draft, retrieval, top_k: int) -> Rasd:
     def mixture(table):
         return Mixture([started(table_source(table), 0)])
 
-    return Rasd(mixture(draft), mixture(retrieval), LIMITS, top_k=top_k)
+    return rasd_of(mixture(draft), mixture(retrieval), top_k=top_k)
 
 
 def test_retrieval_is_pruned_by_the_drafts_top_k(table_source) -> None:
@@ -207,7 +211,7 @@ def test_what_was_pruned_is_learnt_from_all_the_same(table_source) -> None:
     for _ in range(200):
         grow(grower, draftee())
         grower.learn("r", [9])
-    mixture = grower._retrieval_mixture
+    mixture = grower._retrieval.mixture
     prediction = mixture.predict(mixture.root("r"), greedy=True)
     assert prediction.probs[9] > 0.9
 

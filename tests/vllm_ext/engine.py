@@ -13,8 +13,11 @@ VOCAB = 256 + len(SPECIAL)  # one token per byte
 MAX_LEN = 256
 
 
-def make_tiny_model(folder: Path, max_len: int = MAX_LEN) -> Path:
-    """Save a random three-layer Llama over bytes, with its tokenizer; it repeats itself soon."""
+def make_tiny_model(folder: Path, max_len: int = MAX_LEN, seed: int = 1, **shape: int) -> Path:
+    """Save a random three-layer Llama over bytes, with its tokenizer; it repeats itself soon.
+
+    `shape` replaces values of its `LlamaConfig`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,15 +32,18 @@ def make_tiny_model(folder: Path, max_len: int = MAX_LEN) -> Path:
         chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
     ).save_pretrained(folder)
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        **{**sizes, **shape},
         max_position_embeddings=max_len,
         initializer_range=0.35,
         tie_word_embeddings=False,

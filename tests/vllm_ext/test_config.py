@@ -98,7 +98,6 @@ def test_others_are_left_alone(config: dict[str, Any] | None) -> None:
         ({}, {"runner_type": "pooling"}, {}, {}, "'pooling' generates no tokens"),
         ({}, {}, {"decode_context_parallel_size": 2}, {}, "decode_context_parallel_size is 2"),
         ({}, {}, {"worker_cls": "my.Worker"}, {}, "remove --worker-cls"),
-        ({"spec_model": "some/model"}, {}, {}, {}, "uses no draft model"),
         ({"spec_tokens": 3}, {}, {}, {}, "mutually exclusive"),
     ],
 )

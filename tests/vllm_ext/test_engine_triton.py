@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +48,29 @@ def test_same_tokens_through_the_triton_kernel(engines: tuple[Any, Any]) -> None
     # The control: with the wrong mask the text changes.
     ours.collective_rpc("hide_ancestors")
     assert texts(ours, requests, greedy) != expected
+
+
+def test_a_draft_model_through_the_triton_kernel(tmp_path: Path) -> None:
+    """A target that drafts for itself is never wrong, here with whole trees in every level."""
+    from vllm import SamplingParams
+
+    model = make_tiny_model(tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.triton_worker.TritonWorker")
+        patch.setenv("TRITON_INTERPRET", "1")
+        own = {"model": str(model), "sources": [], "min_probability": 0.0}
+        engine = make_engine(model, {**SPECULATIVE, **own})
+    try:
+        before = engine.collective_rpc("state")[0]  # engines of one process share counters
+        greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+        texts(engine, prompts(2, seed=5, longest=20), greedy)
+        after = engine.collective_rpc("state")[0]
+        change = {name: after[name] - before[name] for name in after if name != "refused"}
+        assert after["refused"] is None
+        assert change["drafting_errors"] == 0
+        assert change["branching_trees"] > 5
+        # Two prompts of one token each from prefill; every level of a tree holds the right token.
+        assert change["accepted_tokens"] >= change["request_steps"] - 2
+    finally:
+        engine.llm_engine.engine_core.shutdown()

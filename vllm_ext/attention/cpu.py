@@ -75,14 +75,14 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
             super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
-        if key is not None and self.kv_sharing_target_layer_name is None:
+        if step.keep and key is not None and self.kv_sharing_target_layer_name is None:
             # Cloned by index_select: under torch.compile the buffers are reused by the next layer.
             step.stash[layer.layer_name] = (
                 key.index_select(0, step.rows),
                 value.index_select(0, step.rows),
             )
         for tree in step.trees:
-            rows = slice(tree.start, tree.start + tree.size)
+            rows = slice(tree.start, tree.start + tree.queries)
             output[rows] = self._attend(step, tree, query[rows], kv_cache, attn_metadata)
         return output
 
@@ -116,7 +116,9 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         keys = self.key_layout.read(key_cache.index_select(0, table)).float()
         values = read_values(value_cache.index_select(0, table)).float()
         mask = tree_mask(step, tree, blocks * block_size, self.sliding_window)
-        return grouped_attention(query.float(), keys, values, mask, self.scale).to(query.dtype)
+        return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(
+            query.dtype
+        )
 
 
 def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:

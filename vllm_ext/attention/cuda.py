@@ -70,7 +70,8 @@ class TreeAttention:
             )
             if launch is None:
                 return attended
-        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+        keep = launch.step.step.keep and self.kv_sharing_target_layer_name is None
+        if keep and key is not None and value is not None:
             rows = launch.step.step.rows
             # Copies: under torch.compile the buffers are reused by the next layer.
             launch.step.step.stash[layer.layer_name] = (

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from vllm_ext.attention.cpu import TreeCPUAttentionBackendImpl
 from vllm_ext.attention.layout import LayoutError, probe
 from vllm_ext.attention.selftest import self_test
@@ -32,13 +30,13 @@ def set_up_tree_attention(runner: Any) -> str | None:
     tested: dict[tuple[Any, ...], Any] = {}
     for group in runner.kv_cache_config.kv_cache_groups:
         for name in group.layer_names:
-            reason = _set_up_layer(layers[name], runner, tested)
+            reason = _set_up_layer(layers[name], tested)
             if reason is not None:
                 return f"{reason} in layer {name}"
     return None if tested else "no attention layer"
 
 
-def _set_up_layer(layer: Any, runner: Any, tested: dict[tuple[Any, ...], Any]) -> str | None:
+def _set_up_layer(layer: Any, tested: dict[tuple[Any, ...], Any]) -> str | None:
     impl = layer.impl
     if not isinstance(impl, TreeCPUAttentionBackendImpl):
         return f"attention by {type(impl).__name__}"
@@ -52,7 +50,9 @@ def _set_up_layer(layer: Any, runner: Any, tested: dict[tuple[Any, ...], Any]) -
             impl.key_layout = tested[kind] = probe(layer, cache)
         except LayoutError as error:
             return f"key layout unknown ({error})"
-        reason = self_test(layer, runner.dtype if cache.dtype != torch.float32 else torch.float32)
+        # The dtype of a draft model's layers may not be the target's; a cache that is not quantised
+        # has that of its layer.
+        reason = self_test(layer, cache.dtype)
         if reason is not None:
             return reason
     impl.key_layout = tested[kind]

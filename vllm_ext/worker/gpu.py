@@ -34,6 +34,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     """
 
     touched = hooks.WORKER + hooks.CUDA
+    partial_trees = False  # the kernel's rows are the tree's; a few rows more cost a GPU little
     processors = 1
 
     _device_step: Any = None
@@ -74,6 +75,23 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
                 for name in group.layer_names:
                     setattr(built[0][name], LAUNCH_ATTRIBUTE, launch)
         return built
+
+    def attach_trees(
+        self: Any,
+        metadata: Any,
+        step: Step,
+        query_starts: Any,
+        bases: Any,
+        block_table: torch.Tensor,
+    ) -> None:
+        """See the base class."""
+        from vllm_ext.attention.tree_launch import LAUNCH_ATTRIBUTE, DeviceStep, TreeLaunch
+
+        super().attach_trees(metadata, step, query_starts, bases, block_table)
+        assert step.attention is not None
+        step.attention.rows = step.attention.rows.to(self.device, non_blocking=True)
+        device_step = DeviceStep.build(step, query_starts, bases, self.processors)
+        setattr(metadata, LAUNCH_ATTRIBUTE, TreeLaunch(device_step, block_table))
 
     def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
         metadata = self.input_batch.sampling_metadata

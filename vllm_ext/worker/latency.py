@@ -33,6 +33,7 @@ class StepTimer:
         self._rows = 0
         self._begin = 0.0
         self._end = 0.0
+        self._excluded = 0.0
 
     def start(self, prior: list[tuple[int, float]], *, adaptive: bool) -> None:
         """Begin to record.
@@ -48,8 +49,12 @@ class StepTimer:
         """A step of ``rows`` rows starts; the previous one, if it was back to back, is recorded."""
         now = time.perf_counter()
         if self._rows and self._end and now - self._end < _IDLE_SECONDS:
-            self.cost.record(self._rows, now - self._begin)
-        self._rows, self._begin, self._end = rows, now, 0.0
+            self.cost.record(self._rows, now - self._begin - self._excluded)
+        self._rows, self._begin, self._end, self._excluded = rows, now, 0.0, 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Part of the step that has a cost model of its own: the passes of a draft model."""
+        self._excluded += seconds
 
     def end(self) -> None:
         """The step's tokens and drafts are known."""

@@ -32,6 +32,7 @@ from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
+from vllm_ext.worker.draft_runner import DraftModelMixin
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
@@ -43,7 +44,7 @@ logger = init_logger("vllm.vllm_ext")
 _CALIBRATION_ROUNDS = 5
 
 
-class TreeRunnerMixin:
+class TreeRunnerMixin(DraftModelMixin):
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
@@ -75,6 +76,7 @@ class TreeRunnerMixin:
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
+        self.start_draft_model([rows for rows, _ in prior])
         self._resources = load_resources(
             self._options, self.model_config, self.vllm_config.load_config.download_dir
         )
@@ -82,7 +84,9 @@ class TreeRunnerMixin:
 
     def _new_drafting(self: Any) -> Drafting:
         self._switches = 0
-        drafter = build_drafter(self._method, self._options, self._resources, self._timer.cost)
+        drafter = build_drafter(
+            self._method, self._options, self._resources, self._timer.cost, self._predictor
+        )
         return Drafting(drafter, trees=self.trees_refused is None)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
@@ -123,7 +127,7 @@ class TreeRunnerMixin:
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Stock, timed."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)
-        return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+        return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
@@ -225,8 +229,11 @@ class TreeRunnerMixin:
         except Exception:
             logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
             self._counters.add("drafting_errors", 1)
+            self.drop_failed_draft_model()
             self._drafting = self._new_drafting()
             return {}
+        finally:
+            self._timer.exclude(self.draft_model_seconds())
 
     def _draft(
         self: Any,
@@ -243,11 +250,13 @@ class TreeRunnerMixin:
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
         }
-        unfinished = sum(
-            min(self.requests[r].num_tokens, scheduler_output.num_scheduled_tokens[r])
-            for r, emitted in zip(request_ids, tokens, strict=True)
-            if not emitted
-        )
+        unread = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
+        scheduled = scheduler_output.num_scheduled_tokens
+        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in unread)
+        if self._predictor is not None:
+            self._predictor.prompts = {
+                r: self.requests[r].num_computed_tokens + scheduled[r] for r in unread
+            }
         drafting.propose(ready, limits, unfinished)
         self._prune_forbidden(drafting.trees, request_ids)
         self._count_decisions(drafting, ready)
@@ -295,7 +304,7 @@ class TreeRunnerMixin:
         return True  # the drafter bounds its trees; False would publish zeros as drafts
 
     def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
-        super()._on_request_state_removed(req_id, req_state)  # type: ignore[misc]
+        super()._on_request_state_removed(req_id, req_state)
         if self._drafting is not None:
             self._drafting.stop(req_id)
 

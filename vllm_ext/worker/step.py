@@ -33,6 +33,8 @@ class TreeRows:
         tree: the nodes, in row order.
         visible: bool [1 + N, 1 + N]; row i sees row j of the same tree (ancestors, root, itself).
         depths: int64 [1 + N]; 0 for the root.
+        first: rows before it are in the cache already and not in the batch, whose row ``start`` is
+            the tree's row ``first``.
     """
 
     request: int
@@ -41,6 +43,7 @@ class TreeRows:
     tree: TokenTree
     visible: NDArray[np.bool_]
     depths: NDArray[np.int64]
+    first: int = 0
 
     @classmethod
     def build(cls, request: int, start: int, base: int, tree: TokenTree) -> TreeRows:
@@ -58,6 +61,11 @@ class TreeRows:
         """Rows of this request: the root and its nodes."""
         return len(self.depths)
 
+    @property
+    def queries(self) -> int:
+        """Rows of this request in the batch."""
+        return len(self.depths) - self.first
+
 
 @dataclass(slots=True)
 class AttentionStep:
@@ -68,12 +76,14 @@ class AttentionStep:
         rows: int64 [R]; the batch rows of all branching trees, in order.
         only_trees: whether every row of the batch belongs to a branching tree.
         masks: additive masks, cached per (request, padded context, window) for the step's layers.
+        keep: whether the layers fill the stash.
         stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
     """
 
     trees: list[TreeRows]
     rows: torch.Tensor
     only_trees: bool
+    keep: bool = True
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     stash: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Level-by-level growth: the same trees as best-first growth, in few passes, while they pay."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proposers import Candidates, CostModel, DySpecOptions, Mixture, TokenTree
+from proposers.dyspec import DySpec
+from proposers.grower import Draftee
+from proposers.layerwise import Layerwise
+from proposers.levels import LevelNode, ModelSource
+from proposers.rasd import Rasd
+from proposers.tree import ROOT
+
+FREE = CostModel([(1, 1.0)], margin=0.0)
+STEEP = CostModel([(1, 0.030), (8, 0.034), (64, 0.090)])
+
+
+def law(text: tuple[object, ...], flatness: float = 0.3) -> Candidates:
+    """A random distribution over five tokens that depends on the text alone."""
+    seed = int.from_bytes(hashlib.blake2b(repr(text).encode(), digest_size=4).digest(), "little")
+    probs = np.random.default_rng(seed).dirichlet([flatness] * 5)
+    return {token: float(p) for token, p in enumerate(probs) if p > 1e-9}
+
+
+class Model:
+    """A `LevelPredictor` with the law above; it checks how it is asked."""
+
+    def __init__(self, seconds: float = 0.0, room: int = 1000, deaf: tuple[str, ...] = ()) -> None:
+        self.pass_seconds = seconds
+        self.rooms = room
+        self.deaf = deaf
+        self.passes: list[int] = []
+        self.begun = 0
+        self.flatness = 0.3
+        self._texts: dict[str, dict[int, tuple[object, ...]]] = {}
+
+    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+        self.begun += 1
+        self.passes = []
+        self._texts = {r: {ROOT: (r,)} for r in requests if r not in self.deaf}
+        return {r: law(texts[ROOT], self.flatness) for r, texts in self._texts.items()}
+
+    def debt(self, request: str) -> int:
+        return 1
+
+    def room(self, request: str) -> int:
+        return self.rooms - len(self._texts[request]) + 1
+
+    def predict(self, nodes: Sequence[LevelNode]) -> list[Candidates]:
+        assert nodes
+        self.passes.append(len(nodes))
+        answers = []
+        for node in nodes:
+            texts = self._texts[node.request]
+            assert node.node not in texts, "asked twice"
+            assert len(texts) <= self.rooms, "no room"
+            texts[node.node] = (*texts[node.parent], node.token)
+            answers.append(law(texts[node.node], self.flatness))
+        return answers
+
+    def seconds(self, rows: int) -> float:
+        return self.pass_seconds * (1 + 0.02 * rows)
+
+
+class Oracle(ModelSource):
+    """The same law, asked node by node."""
+
+    def root(self, request: str) -> tuple[object, ...]:
+        return (request,)
+
+    def advance(self, state: tuple[object, ...], token: int) -> tuple[object, ...]:
+        return (*state, token)
+
+    def candidates(self, state: tuple[object, ...]) -> tuple[int, Candidates]:
+        asked = ModelSource()
+        looked = asked.root("")
+        asked.tell(looked, law(state))
+        return asked.candidates(looked)
+
+
+def draftee(request: str, limit: int = 12, *, chain: bool = False) -> Draftee:
+    return Draftee(request, greedy=True, chain=chain, limit=limit)
+
+
+def grow(grower: Layerwise | DySpec, *draftees: Draftee, cost: CostModel = FREE) -> list[TokenTree]:
+    count = len(draftees)
+    trees = grower.grow(draftees, cost, base_rows=count, base_tokens=float(count))
+    for tree, one in zip(trees, draftees, strict=True):
+        tree.validate()
+        assert len(tree) <= one.limit
+        assert tree.is_chain or not one.chain
+    return trees
+
+
+def options(**more: float) -> DySpecOptions:
+    made = {"max_nodes": 64, "max_batch_nodes": 500, "min_prob": 0.01, "max_depth": 8, **more}
+    return DySpecOptions(**made)  # type: ignore[arg-type]
+
+
+names = st.lists(st.text("abcdef", min_size=1, max_size=6), min_size=1, max_size=4, unique=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(names, st.booleans(), st.sampled_from([0.01, 0.05, 0.2]))
+def test_with_enough_nodes_it_grows_what_best_first_growth_does(
+    requests: list[str], chain: bool, threshold: float
+) -> None:
+    limits = options(min_prob=threshold)
+    draftees = [draftee(name, 64, chain=chain) for name in requests]
+    levels = grow(Layerwise(Model(), [], limits, free=True), *draftees)
+    singly = grow(DySpec(Mixture([Oracle()]), limits), *draftees)
+    assert levels == singly
+
+
+def test_a_tree_costs_as_many_passes_as_it_is_deep() -> None:
+    model = Model()
+    (tree,) = grow(Layerwise(model, [], options(), free=True), draftee("a", 64))
+    assert len(tree) > 2 * max(tree.depths)
+    # One pass for each level that has children; leaves below the threshold may take one more.
+    assert len(model.passes) <= max(tree.depths) + 1
+
+
+def test_a_path_that_other_sources_propose_is_scored_in_one_pass(table_source) -> None:
+    follow = table_source({i: {i + 1: 0.99} for i in range(10, 16)})
+    follow.start("a", [10], greedy=True)
+    model = Model()
+    grow(Layerwise(model, [follow], options(max_depth=5), free=True), draftee("a", 64))
+    assert model.passes[0] >= 4
+
+
+@pytest.mark.parametrize("free", [True, False])
+@given(names, st.integers(0, 9), st.integers(0, 6))
+@settings(max_examples=30, deadline=None)
+def test_limits_and_room_are_kept(free: bool, requests: list[str], limit: int, room: int) -> None:
+    grower = Layerwise(Model(0.001, room), [], options(), free=free)
+    for _ in range(3):
+        grow(grower, *(draftee(r, limit) for r in requests), cost=FREE if free else STEEP)
+
+
+def test_a_request_that_the_model_cannot_read_is_left_to_the_others(table_source) -> None:
+    follow = table_source({i: {i + 1: 0.9} for i in range(10, 16)})
+    for name in ("a", "b"):
+        follow.start(name, [10], greedy=True)
+    grower = Layerwise(Model(deaf=("b",)), [follow], options(), free=True)
+    one, other = grow(grower, draftee("a"), draftee("b"))
+    assert other.tokens[0] == 11
+    assert set(one.tokens) - set(range(10, 20))
+
+
+def test_passes_end_when_they_do_not_pay() -> None:
+    counts = []
+    for seconds in (1e-6, 0.004, 0.02, 10.0):
+        model = Model(seconds)
+        model.flatness = 0.05  # confident
+        grower = Layerwise(model, [], options())
+        grow(grower, draftee("a"), cost=STEEP)
+        counts.append(len(model.passes))
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[1] > counts[-1] == 0
+
+
+def test_a_model_that_never_pays_is_asked_rarely_and_one_that_pays_always() -> None:
+    asked = {}
+    for seconds in (0.0002, 10.0):
+        model = Model(seconds)
+        model.flatness = 0.05
+        grower = Layerwise(model, [], options())
+        for _ in range(400):
+            grow(grower, draftee("a"), cost=STEEP)
+        asked[seconds] = model.begun
+    assert asked[0.0002] == 400
+    assert asked[10.0] < 100
+
+
+def test_what_was_spent_is_told_and_counts() -> None:
+    model = Model(0.002)
+    model.flatness = 0.05
+    grower = Layerwise(model, [], options())
+    (tree,) = grow(grower, draftee("a"), cost=STEEP)
+    expected = model.seconds(1) + sum(model.seconds(rows) for rows in model.passes)
+    assert grower.spent == pytest.approx(expected)
+    gain = STEEP.gain(1, 1.0, len(tree), sum(tree.probs), grower.spent)
+    assert gain < STEEP.gain(1, 1.0, len(tree), sum(tree.probs))
+    grower.grow([draftee("a", 0)], STEEP, base_rows=1, base_tokens=1.0)
+    assert grower.spent == 0.0
+
+
+def test_it_learns_which_source_was_right(table_source) -> None:
+    wrong = table_source({10: {20: 0.9}}, odds=1.0)
+    wrong.start("a", [10], greedy=True)
+    grower = Layerwise(Model(), [wrong], options(), free=True)
+    best = max(law(("a",)).items(), key=lambda pair: pair[1])[0]
+    shares = []
+    for _ in range(60):
+        (tree,) = grow(grower, draftee("a", 30))
+        probs = {t: p for t, p, parent in zip(tree.tokens, tree.probs, tree.parents) if parent < 0}  # noqa: B905
+        shares.append((probs.get(best, 0.0), probs.get(20, 0.0)))
+        grower.learn("a", [best])
+    assert shares[0][1] > 0.05
+    assert shares[-1][1] < shares[0][1] / 2
+    assert shares[-1][0] > shares[0][0]
+    grower.stop("a")
+
+
+def test_rasd_prunes_retrieval_by_the_models_first_step(table_source) -> None:
+    ranked = sorted(law(("a",)).items(), key=lambda pair: -pair[1])
+    likely, unlikely = ranked[0][0], ranked[-1][0]
+
+    def fused(first: int) -> TokenTree:
+        # A path that the model's own tree cannot hold beyond its first token.
+        retrieved = table_source({10: {first: 0.9}, first: {77: 0.9}})
+        retrieved.start("a", [10], greedy=True)
+        draft = Layerwise(Model(0.001), [], options())
+        retrieval = DySpec(Mixture([retrieved]), options())
+        grower = Rasd(draft, retrieval, options(), top_k=2)
+        (tree,) = grower.grow([draftee("a", 40)], FREE, base_rows=1, base_tokens=1.0)
+        tree.validate()
+        assert grower.spent == draft.spent > 0.0
+        return tree
+
+    assert 77 in fused(likely).tokens
+    assert 77 not in fused(unlikely).tokens
+
+
+def test_the_same_calls_give_the_same_trees() -> None:
+    def run() -> list[list[TokenTree]]:
+        grower = Layerwise(Model(0.001), [], options())
+        made = []
+        for step in range(12):
+            made.append(grow(grower, draftee("a"), draftee("b"), cost=STEEP))
+            grower.learn("a", [step % 5])
+        return made
+
+    assert run() == run()
