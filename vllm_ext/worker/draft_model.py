@@ -146,12 +146,15 @@ class DraftModel:
         counts = [rows for rows in row_counts if rows <= runner.max_num_tokens]
         best = dict.fromkeys(counts, float("inf"))
         for _ in range(_ROUNDS):
-            # The largest first: where the model is compiled, its first pass is traced, a single row
-            # would be taken for a constant, and vLLM drops the guards that would notice.
+            # Where the model is compiled its first pass is traced, and vLLM drops the guards that
+            # would notice a difference later. So the largest first, for a single row would be taken
+            # for a constant, and two tensors, for one would be taken for the other.
             for rows in sorted(counts, reverse=True):
                 begin = time.perf_counter()
-                zeros = torch.zeros(rows, dtype=torch.int64, device=runner.device)
-                self._top(self._hidden(zeros, zeros, None, None), 1)
+                tokens, positions = torch.zeros(
+                    (2, rows), dtype=torch.int64, device=runner.device
+                ).unbind()
+                self._top(self._hidden(tokens, positions.clone(), None, None), 1)
                 best[rows] = min(best[rows], time.perf_counter() - begin)
         return list(best.items())
 
