@@ -182,6 +182,20 @@ def test_preempted_requests(plain: Any, model: Path) -> None:
         shut(tight)
 
 
+@pytest.mark.slow
+def test_a_compiled_draft_model(plain: Any, model: Path) -> None:
+    own = {**LARGE, "model": str(model), "sources": []}
+    compiled = make_engine(model, own, enforce_eager=False)
+    try:
+        requests = prompts(4, seed=3)
+        made, counts = watched(compiled, requests, GREEDY)
+        assert made == texts(plain, requests, params(**GREEDY))
+        assert counts["branching"] > 5
+        assert counts["inside"] == 0
+    finally:
+        shut(compiled)
+
+
 @pytest.mark.parametrize(
     "options",
     [

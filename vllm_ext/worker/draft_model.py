@@ -143,12 +143,16 @@ class DraftModel:
     def measure(self, row_counts: Sequence[int]) -> list[tuple[int, float]]:
         """Seconds of a pass over dummy tokens, by row count; the best of several rounds."""
         runner = self._runner
-        best = dict.fromkeys((n for n in row_counts if n <= runner.max_num_tokens), float("inf"))
+        counts = [rows for rows in row_counts if rows <= runner.max_num_tokens]
+        best = dict.fromkeys(counts, float("inf"))
         for _ in range(_ROUNDS):
-            for rows in best:
+            # Where the model is compiled its first pass is traced, and vLLM drops the guards that
+            # would notice a difference later. So the largest first, for a single row would be taken
+            # for a constant, and two tensors, for one would be taken for the other.
+            for rows in sorted(counts, reverse=True):
                 begin = time.perf_counter()
-                zeros = torch.zeros(rows, dtype=torch.int64, device=runner.device)
-                self._top(self._hidden(zeros, zeros, None, None), 1)
+                tokens = torch.zeros(rows, dtype=torch.int64, device=runner.device)
+                self._top(self._hidden(tokens, torch.zeros_like(tokens), None, None), 1)
                 best[rows] = min(best[rows], time.perf_counter() - begin)
         return list(best.items())
 
