@@ -11,6 +11,7 @@ from typing import Any
 from vllm_ext.cli.engine_types import EngineConfig
 
 NONE = "none"
+WITH_MODEL = "+model"
 # vLLM's own n-gram drafter needs its window and length spelled out.
 DEFAULT_CONFIGS: Mapping[str, dict[str, Any]] = {
     "ngram": {
@@ -19,7 +20,9 @@ DEFAULT_CONFIGS: Mapping[str, dict[str, Any]] = {
         "prompt_lookup_min": 2,
         "prompt_lookup_max": 4,
     },
+    "draft_model": {"method": "draft_model", "num_speculative_tokens": 3},
 }
+_NEED_MODEL = frozenset({"draft_model"})
 
 
 class ArmError(ValueError):
@@ -54,15 +57,17 @@ def our_methods() -> frozenset[str]:
     return frozenset(METHODS)
 
 
-def parse_arms(names: str, overrides: Iterable[str] = ()) -> list[Arm]:
+def parse_arms(names: str, overrides: Iterable[str] = (), draft: str | None = None) -> list[Arm]:
     """Arms from a comma-separated list of names and NAME=JSON overrides.
 
-    A name is "none", a method of vLLM or of this package, or any name that an override defines;
-    an override's JSON object is merged over the defaults of the method it names (by default the
-    method of the arm's own name).
+    A name is "none", a method of vLLM or of this package, such a method with "+model" behind it
+    (it drafts with the model `draft`), or any name that an override defines; an override's JSON
+    object is merged over the defaults of the method it names (by default the method of the arm's
+    own name).
 
     Raises:
-        ArmError: Empty or repeated names, or an override that is not a JSON object or fits no arm.
+        ArmError: Empty or repeated names, an override that is not a JSON object or fits no arm, or
+            an arm that needs a draft model where none is given.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or len(set(wanted)) != len(wanted):
@@ -73,14 +78,19 @@ def parse_arms(names: str, overrides: Iterable[str] = ()) -> list[Arm]:
         raise ArmError(f"arm configuration for {unused}, but the arms are {wanted}")
     if NONE in configs:
         raise ArmError("arm 'none' is vLLM without speculation and takes no configuration")
-    return [_make_arm(name, configs.get(name, {})) for name in wanted]
+    return [_make_arm(name, configs.get(name, {}), draft) for name in wanted]
 
 
-def _make_arm(name: str, override: dict[str, Any]) -> Arm:
+def _make_arm(name: str, override: dict[str, Any], draft: str | None) -> Arm:
     if name == NONE:
         return Arm(NONE, None)
-    method = override.get("method", name)
-    return Arm(name, {"method": method, **DEFAULT_CONFIGS.get(method, {}), **override})
+    method = override.get("method", name.removesuffix(WITH_MODEL))
+    config = {"method": method, **DEFAULT_CONFIGS.get(method, {})}
+    if (name.endswith(WITH_MODEL) or method in _NEED_MODEL) and "model" not in override:
+        if draft is None:
+            raise ArmError(f"arm {name!r} needs a draft model: give --draft MODEL")
+        config["model"] = draft
+    return Arm(name, {**config, **override})
 
 
 def _parse_override(text: str) -> tuple[str, dict[str, Any]]:

@@ -66,10 +66,12 @@ def command(
         str,
         typer.Option(
             help="Comma-separated: none, methods of vLLM (ngram, suffix, ...), methods of this "
-            "package (see `vllm-ext methods`), names defined with --arm-config."
+            "package (see `vllm-ext methods`; with --draft also NAME+model), names defined with "
+            "--arm-config."
         ),
     ] = "none,ngram,dyspec",
     arm_config: options.ArmConfig = None,
+    draft: options.Draft = None,
     batch: Annotated[
         str, typer.Option(help="Comma-separated batch sizes: requests sent at once.")
     ] = "1",
@@ -100,7 +102,7 @@ def command(
     try:
         settings = Settings(
             model=model,
-            arms=_with_baseline(parse_arms(arms, arm_config or ())),
+            arms=_with_baseline(parse_arms(arms, arm_config or (), draft)),
             plan=Plan(options.parse_batches(batch), repeat, max_tokens, temperature),
             dtype=dtype,
             max_model_len=max_model_len,

@@ -26,6 +26,10 @@ ArmConfig = Annotated[
         "given several times."
     ),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Draft model of the arms that use one: NAME+model, draft_model."),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens generated per prompt.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template around texts.")]

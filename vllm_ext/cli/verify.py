@@ -64,6 +64,7 @@ def command(
         ),
     ] = "",
     arm_config: options.ArmConfig = None,
+    draft: options.Draft = None,
     sampling: Annotated[
         str, typer.Option(help="Comma-separated sampling presets (listed below), or all.")
     ] = "greedy,seeded",
@@ -97,7 +98,7 @@ def command(
         others = [name.strip() for name in beside.split(",") if name.strip()]
         settings = Settings(
             model=model,
-            arms=parse_arms(",".join([method, *others, reference]), arm_config or ()),
+            arms=parse_arms(",".join([method, *others, reference]), arm_config or (), draft),
             presets=parse_presets(sampling),
             batches=options.parse_batches(batch),
             max_tokens=max_tokens,

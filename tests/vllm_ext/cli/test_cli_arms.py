@@ -45,3 +45,23 @@ def test_malformed_arms_are_refused(names: str, overrides: list[str], said: str)
     with pytest.raises(ArmError) as caught:
         parse_arms(names, overrides)
     assert said in str(caught.value)
+
+
+def test_arms_with_a_draft_model() -> None:
+    ours, vllms, plain = parse_arms("dyspec+model,draft_model,dyspec", draft="small")
+    assert ours.name == "dyspec+model"
+    assert ours.speculative_config == {"method": "dyspec", "model": "small"}
+    assert vllms.speculative_config == {
+        "method": "draft_model",
+        "num_speculative_tokens": 3,
+        "model": "small",
+    }
+    assert plain.speculative_config == {"method": "dyspec"}
+    (own,) = parse_arms("dyspec+model", ['dyspec+model={"model": "other"}'])
+    assert own.speculative_config == {"method": "dyspec", "model": "other"}
+
+
+@pytest.mark.parametrize("name", ["dyspec+model", "draft_model"])
+def test_a_missing_draft_model_is_told(name: str) -> None:
+    with pytest.raises(ArmError, match="--draft"):
+        parse_arms(name)
