@@ -113,12 +113,15 @@ def distill(
         DistillError: if something given cannot be used.
     """
     plan = plan or Plan()
+    picked = spread(job.layers, layers_of(job.target))
+    texts, ends = _texts(job, plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     space = Workspace(job.out, _identity(job, plan, device))
     finished = space.report()
     if finished is not None:
         return finished
-    return _Distilling(job, plan, device, space, say, clock).run()
+    target = load_target(job.target, device)
+    return _Distilling(job, plan, target, picked, texts, ends, space, say, clock).run()
 
 
 def layers_of(target: Path) -> int:
@@ -146,7 +149,10 @@ class _Distilling:
         self,
         job: Job,
         plan: Plan,
-        device: torch.device,
+        target: Any,
+        picked: list[int],
+        texts: Texts,
+        ends: list[int],
         space: Workspace,
         say: Callable[[str], None],
         clock: Callable[[], float],
@@ -157,9 +163,10 @@ class _Distilling:
         self._say = say
         self._clock = clock
         self._begin = clock()
-        self._texts, self._ends = _texts(job, plan)
-        self._target = load_target(job.target, device)
-        self._picked = spread(job.layers, self._target.config.num_hidden_layers)
+        self._target = target
+        self._picked = picked
+        self._texts = texts
+        self._ends = ends
 
     def run(self) -> dict[str, Any]:
         total = 60 * self._job.minutes
@@ -200,8 +207,7 @@ class _Distilling:
             "device": str(self._target.device),
             "environment": describe(),
         }
-        self._space.finish(report)
-        return report
+        return self._space.finish(report)
 
     def _answers(self) -> dict[str, Any]:
         prompts = self._texts.held_out

@@ -63,10 +63,11 @@ class Workspace:
             self._write(journal)
         return journal[name]
 
-    def finish(self, report: dict[str, Any]) -> None:
-        """Write the report and take away what only an unfinished draft needs."""
+    def finish(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Write the report and take away what only an unfinished draft needs; what was written."""
         _replace(self.out / REPORT, {"identity": self._journal()["identity"], **report})
         shutil.rmtree(self.hidden)
+        return _load(self.out / REPORT)
 
     def _check(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         # Through JSON, as what was found went.
