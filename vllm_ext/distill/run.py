@@ -33,6 +33,8 @@ from vllm_ext.distill.train import Progress, TrainSettings, train
 from vllm_ext.distill.workspace import Workspace, files_hash
 from vllm_ext.identity import IdentityError, model_hash, tokenizer_hash
 
+_WIDTH = 576
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,7 +47,8 @@ class Plan:
         top_k: next tokens kept per position.
         step_rows: sequences of a training step.
         others: sampled tokens of the normaliser.
-        rate: highest learning rate.
+        rate: highest learning rate up to a hidden size of 576; of wider models, less in proportion,
+            as their gradients add up over more inputs.
         teacher_share: of the time, for the target's writing.
         evaluated: most prompts of the evaluation.
         evaluated_answer: most tokens of an answer there.
@@ -58,7 +61,7 @@ class Plan:
     top_k: int = 32
     step_rows: int = 2
     others: int = 1024
-    rate: float = 1e-3
+    rate: float = 2e-3
     teacher_share: float = 0.45
     evaluated: int = 32
     evaluated_answer: int = 64
@@ -264,7 +267,7 @@ class _Distilling:
                 found,
                 self._space.hidden / "checkpoint.pt",
                 TrainSettings(
-                    self._plan.rate,
+                    self._plan.rate * min(1.0, _WIDTH / self._target.config.hidden_size),
                     self._plan.step_rows,
                     self._plan.others,
                     self._job.seed,

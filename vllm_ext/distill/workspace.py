@@ -42,6 +42,8 @@ class Workspace:
         report = self.report()
         if report is not None:
             self._check(report.get("identity", {}), identity)
+            # A kill right after the report leaves it.
+            shutil.rmtree(self.hidden, ignore_errors=True)
         elif self._journal_path.exists():
             self._check(self._journal().get("identity", {}), identity)
         else:
