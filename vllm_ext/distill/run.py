@@ -172,6 +172,8 @@ class _Distilling:
         self._ends = ends
 
     def run(self) -> dict[str, Any]:
+        # What it began with: the code may have changed by the end.
+        environment = self._space.once("environment", describe)
         total = 60 * self._job.minutes
         student = make_student(self._target, self._picked)
         texts = self._space.once("answers", self._answers)
@@ -208,7 +210,7 @@ class _Distilling:
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "device": str(self._target.device),
-            "environment": describe(),
+            "environment": environment,
         }
         return self._space.finish(report)
 
