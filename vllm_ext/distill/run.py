@@ -177,13 +177,14 @@ class _Distilling:
         total = 60 * self._job.minutes
         student = make_student(self._target, self._picked)
         texts = self._space.once("answers", self._answers)
+        answered = self._clock()
         before = self._space.once("before", lambda: self._judged(student, texts))
-        # Loading and judging come again at the end.
-        reserve = self._space.once("reserve", lambda: self._clock() - self._begin)
-        spent = self._data(total * self._plan.teacher_share)
-        budget = self._space.once(
-            "training_seconds", lambda: max(total - spent - 2 * reserve, total / 4)
+        # Judging comes again at the end.
+        aside = self._space.once(
+            "aside_seconds", lambda: 2 * self._clock() - answered - self._begin
         )
+        spent = self._data(total * self._plan.teacher_share)
+        budget = self._space.once("training_seconds", lambda: max(total - spent - aside, total / 4))
         trained = self._train(student, budget)
         dtype = stored_dtype(self._job.target)
         save_student(student, self._job.target, self._job.out, dtype)
