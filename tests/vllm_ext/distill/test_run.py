@@ -4,6 +4,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +168,36 @@ def test_layers_of_what_is_no_decoder(tmp_path: Path) -> None:
     )
     with pytest.raises(DistillError, match="only decoders of text"):
         layers_of(tmp_path)
+
+
+_DIES = """
+import os, signal, sys
+from pathlib import Path
+from tests.vllm_ext.distill import test_run
+
+def clock(ticks=test_run.ticking(last=75)):
+    try:
+        return ticks()
+    except test_run.Killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+job = test_run.Job(Path(sys.argv[1]), Path(sys.argv[2]), (), None, 2, 1.5, "text", False, 0)
+test_run.distill(job, print, test_run.PLAN, clock)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_really_killed(job: Job, tmp_path: Path) -> None:
+    cut = dataclasses.replace(job, out=tmp_path / "cut")
+    died = subprocess.run(
+        [sys.executable, "-c", _DIES, str(cut.target), str(cut.out)],
+        check=False,
+        cwd=Path(__file__).parents[3],
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert (cut.out / ".distill" / "checkpoint.pt").exists()
+    made(cut)
+    made(job)
+    wanted = weights(job.out)
+    for name, tensor in weights(cut.out).items():
+        assert torch.equal(tensor, wanted[name]), name
