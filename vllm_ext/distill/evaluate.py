@@ -31,7 +31,7 @@ from vllm_ext.distill.student import head_logits
 from vllm_ext.distill.teacher import Answer, write
 
 CHAIN = 4
-_ROWS = 8  # more would wait longer for the longest prompt among them
+_TOGETHER = 4
 _RESAMPLES = 2000
 
 Floats = npt.NDArray[np.float64]
@@ -69,20 +69,26 @@ def answers(
     prompts: Sequence[list[int]],
     ends: Sequence[int],
     most: int,
-    temperature: float,
     seed: int,
     advance: Callable[[int], None],
-) -> list[Text]:
-    """What the target answers; prompts of similar length are answered together."""
+) -> tuple[list[Text], list[Text]]:
+    """What the target answers, greedy and at T=1, each in the order of the prompts.
+
+    Prompts of similar length are answered together: the others' forced tokens cost a step each.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    writers = [Answer(prompts[i], ends, most, temperature) for i in order]
+    pairs = {i: [Answer(prompts[i], ends, most, heat) for heat in (0.0, 1.0)] for i in order}
     generator = torch.Generator().manual_seed(seed)
-    for first in range(0, len(writers), _ROWS):
-        part = writers[first : first + _ROWS]
-        write(target, part, max(len(w.known()) for w in part) + most, 1, generator)
+    for first in range(0, len(order), _TOGETHER):
+        part = order[first : first + _TOGETHER]
+        writers = [writer for i in part for writer in pairs[i]]
+        write(target, writers, len(prompts[part[-1]]) + most, 1, generator)
         advance(len(part))
-    found = dict(zip(order, writers, strict=True))
-    return [Text(prompt, found[i].tokens) for i, prompt in enumerate(prompts)]
+    greedy, sampled = (
+        [Text(prompt, pairs[i][which].tokens) for i, prompt in enumerate(prompts)]
+        for which in (0, 1)
+    )
+    return greedy, sampled
 
 
 @torch.inference_mode()

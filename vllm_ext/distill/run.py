@@ -8,7 +8,6 @@ writing, what evaluation takes as measured, and the rest for training.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -218,20 +217,19 @@ class _Distilling:
     def _answers(self) -> dict[str, Any]:
         prompts = self._texts.held_out
         self._say(f"evaluation: the target answers {len(prompts)} held-out prompts, twice")
-        found = {}
-        with progress("answering", total=2 * len(prompts)) as advance:
-            for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
-                texts = evaluate.answers(
-                    self._target,
-                    prompts,
-                    self._ends,
-                    self._plan.evaluated_answer,
-                    temperature,
-                    self._job.seed,
-                    functools.partial(_answered, advance, name),
-                )
-                found[name] = [asdict(text) for text in texts]
-        return found
+        with progress("answering", total=len(prompts)) as advance:
+            greedy, sampled = evaluate.answers(
+                self._target,
+                prompts,
+                self._ends,
+                self._plan.evaluated_answer,
+                self._job.seed,
+                lambda count: advance(count, ""),
+            )
+        return {
+            "greedy": [asdict(text) for text in greedy],
+            "t1": [asdict(text) for text in sampled],
+        }
 
     def _judged(self, student: Any, texts: dict[str, Any]) -> dict[str, Any]:
         found = {
@@ -326,10 +324,6 @@ def _identity(job: Job, plan: Plan, device: torch.device) -> dict[str, Any]:
         }
     except IdentityError as error:
         raise DistillError(str(error)) from error
-
-
-def _answered(advance: Callable[[int, str], None], name: str, count: int) -> None:
-    advance(count, name)
 
 
 def _whole(advance: Callable[[int, str], None]) -> Callable[[float, str], None]:

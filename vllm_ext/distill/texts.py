@@ -16,7 +16,7 @@ from vllm_ext.distill.seeds import ABOUT_A_PASSAGE, PROMPTS
 
 Content = str | list[dict[str, Any]]
 
-LONGEST_EVALUATED = 512
+LONGEST_EVALUATED = 384
 _PIECE_CHARACTERS = 500
 
 

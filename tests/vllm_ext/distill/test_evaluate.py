@@ -61,8 +61,7 @@ def test_expected_places() -> None:
 
 def test_the_target_accepts_itself(target: Any) -> None:
     prompts = [[3, 4, 5], [9, 8, 7, 6, 5], [20, 21]]
-    greedy = answers(target, prompts, [1], 12, 0.0, 0, lambda count: None)
-    sampled = answers(target, prompts, [1], 12, 1.0, 0, lambda count: None)
+    greedy, sampled = answers(target, prompts, [1], 12, 0, lambda count: None)
     found = summary(compare(target, target, greedy), compare(target, target, sampled))
     assert found["greedy"]["top1_agreement"]["mean"] == 1.0
     assert found["greedy"]["accepted_per_step"]["mean"] == CHAIN
@@ -73,7 +72,7 @@ def test_the_target_accepts_itself(target: Any) -> None:
 
 def test_a_cut_target_is_not_accepted_so_often(target: Any) -> None:
     prompts = [[3, 4, 5], [9, 8, 7, 6, 5], [20, 21]]
-    greedy = answers(target, prompts, [1], 12, 0.0, 0, lambda count: None)
+    greedy, _ = answers(target, prompts, [1], 12, 0, lambda count: None)
     one = compare(target, make_student(target, [0]), greedy)
     found = summary(one, one)
     assert found["greedy"]["top1_agreement"]["mean"] < 0.9
@@ -83,9 +82,10 @@ def test_a_cut_target_is_not_accepted_so_often(target: Any) -> None:
 
 def test_greedy_answers_are_the_targets_best(target: Any) -> None:
     """Whatever other prompts are answered beside them, and in the order of the prompts."""
-    prompts = [[9, 8, 7, 6, 5], [3, 4]]
-    found = answers(target, prompts, [1], 6, 0.0, 0, lambda count: None)
-    for prompt, text in zip(prompts, found, strict=True):
+    prompts = [[9, 8, 7, 6, 5], [3, 4], [7], [5, 5], [6, 5, 4]]
+    greedy, sampled = answers(target, prompts, [1], 6, 0, lambda count: None)
+    assert [text.answer for text in sampled] != [text.answer for text in greedy]
+    for prompt, text in zip(prompts, greedy, strict=True):
         assert text.prompt == prompt
         same = compare(target, target, [Text(prompt, text.answer)])[0].same
         assert same.all()

@@ -88,9 +88,6 @@ def test_a_draft_is_made(job: Job) -> None:
     assert layers_of(job.out) == 2
     assert report["settings"]["taken_layers"] == [0, 2]
     assert report["after"]["t1"]["kl"]["mean"] < report["before"]["t1"]["kl"]["mean"]
-    assert report["after"]["t1"]["one_minus_tv"]["mean"] > report["before"]["t1"]["one_minus_tv"][
-        "mean"
-    ]  # fmt: skip
     # 40.5 of 90 seconds for writing, one batch at a time; then training.
     assert 40.5 <= report["data"]["seconds"] < 40.5 + PLAN.length + 2
     assert report["training"]["seconds"] >= report["training"]["budget_seconds"] > 0
