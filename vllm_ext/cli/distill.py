@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,9 @@ def command(
     The draft is a model folder with MODEL's tokenizer, for `{"model": OUT}` in a speculative
     config. Killed at any moment, the same command goes on. Report: OUT/distill.json.
     """
+    if importlib.util.find_spec("transformers") is None:
+        typer.echo("transformers is missing (vLLM brings it): pip install transformers", err=True)
+        raise typer.Exit(1)
     from vllm_ext.distill.errors import DistillError
     from vllm_ext.distill.run import Job, distill, layers_of
     from vllm_ext.identity import IdentityError, local_folder

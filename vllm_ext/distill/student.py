@@ -42,8 +42,9 @@ def load_target(folder: Path, device: torch.device) -> Any:
         target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DistillError(f"target {folder} cannot be loaded: {error}") from error
+    target = target.to(device).eval().requires_grad_(False)
     check_target(target)
-    return target.to(device).eval().requires_grad_(False)
+    return target
 
 
 @torch.inference_mode()
@@ -130,7 +131,8 @@ def student_config(config: Any, picked: Sequence[int]) -> Any:
     made = copy.deepcopy(config)
     total = config.num_hidden_layers
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:
+        # Lists of token ids can have that length by chance.
+        if isinstance(value, list) and len(value) == total and not key.endswith("token_id"):
             setattr(made, key, [value[i] for i in picked])
     made.num_hidden_layers = len(picked)
     return made

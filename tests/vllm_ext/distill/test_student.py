@@ -98,8 +98,10 @@ def tiny_gemma() -> Any:
 
 def test_settings_per_layer_follow_their_layers_and_ties_stay() -> None:
     gemma = tiny_gemma()
+    gemma.config.eos_token_id = [1, 2, 3, 4, 5, 6]
     check_target(gemma)
     student = make_student(gemma, [0, 5])
+    assert student.config.eos_token_id == [1, 2, 3, 4, 5, 6]
     assert student.config.layer_types == ["sliding_attention", "full_attention"]
     assert student.lm_head.weight is student.model.embed_tokens.weight
     whole = make_student(gemma, range(6))
