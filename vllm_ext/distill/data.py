@@ -56,7 +56,7 @@ def make(
     clock: Callable[[], float],
     advance: Callable[[float, str], None],
 ) -> float:
-    """Add batches to `folder` until `budget` seconds were spent on all of them; at least one.
+    """Add batches to `folder` while half of one more fits into `budget` seconds; at least one.
 
     Returns:
         The seconds spent on all batches that are there, earlier runs included.
@@ -66,7 +66,7 @@ def make(
     done = len(_shards(folder))
     advance(spent, f"{done * settings.rows * settings.length} tokens")
     pages = _pages(texts.passages, ends[0], settings.length)
-    while done == 0 or spent < budget:
+    while done == 0 or spent + spent / done / 2 < budget:
         begin = last = clock()
 
         def tick(tokens: int, number: int = done) -> None:

@@ -88,8 +88,8 @@ def test_a_draft_is_made(job: Job) -> None:
     assert layers_of(job.out) == 2
     assert report["settings"]["taken_layers"] == [0, 2]
     assert report["after"]["t1"]["kl"]["mean"] < report["before"]["t1"]["kl"]["mean"]
-    # 40.5 of 90 seconds for writing, one batch at a time; then training.
-    assert 40.5 <= report["data"]["seconds"] < 40.5 + PLAN.length + 2
+    # 40.5 of 90 seconds are for writing, one batch at a time.
+    assert abs(report["data"]["seconds"] - 40.5) < PLAN.length
     assert report["training"]["seconds"] >= report["training"]["budget_seconds"] > 0
 
 
@@ -98,7 +98,7 @@ def test_killed_anywhere_the_same_command_goes_on(job: Job, tmp_path: Path) -> N
     whole = made(job)
     wanted = weights(job.out)
     # In the second batch, and before and after the first checkpoint.
-    for last in (40, 64, 75):
+    for last in (25, 46, 60):
         cut = dataclasses.replace(job, out=tmp_path / f"cut-{last}")
         with pytest.raises(Killed):
             made(cut, last)
