@@ -61,7 +61,7 @@ class Plan:
     step_rows: int = 2
     others: int = 1024
     rate: float = 2e-3
-    teacher_share: float = 0.45
+    teacher_share: float = 0.6
     evaluated: int = 32
     evaluated_answer: int = 64
     keep_every: float = 60.0

@@ -32,6 +32,7 @@ PLAN = Plan(
     evaluated=3,
     evaluated_answer=10,
     keep_every=5.0,
+    teacher_share=0.45,
 )
 
 
