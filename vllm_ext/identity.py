@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -86,9 +86,9 @@ def tokenizer_hash(folder: Path) -> str:
     Raises:
         IdentityError: if there are none, or one cannot be read.
     """
-    files = [folder / name for name in _TOKENIZER if (folder / name).is_file()]
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
-        raise IdentityError(f"{folder}: holds no tokenizer ({', '.join(_TOKENIZER)})")
+        raise IdentityError(f"{folder}: holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
         return _hashed(files)
     except OSError as error:

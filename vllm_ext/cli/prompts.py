@@ -48,7 +48,7 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         if limit is not None and len(prompts) == limit:
             break
         if line.strip():
-            prompts.append(_parse_row(line, f"{path}:{number}"))
+            prompts.append(parse_prompt(line, f"{path}:{number}"))
     if not prompts:
         raise PromptFileError(f"{path} holds no prompts: give one JSON object per line")
     return prompts
@@ -76,7 +76,12 @@ def fitting(
     return kept
 
 
-def _parse_row(line: str, where: str) -> Prompt:
+def parse_prompt(line: str, where: str) -> Prompt:
+    """One line of a prompt file; `where` is what an error says of its place.
+
+    Raises:
+        PromptFileError: It is not a JSON object with a usable prompt.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
