@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker whose rule for drawn drafts can be changed, and broken, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from proposers.verify_swor import swor
+from tests.vllm_ext.draft_worker import DraftWorker
+from vllm_ext.worker import sampled_drafting as module
+from vllm_ext.worker.sampled_drafting import SampledDrafting
+
+ORIGINALS = {
+    "swor": swor,
+    "grow": dict(module._GROW),
+    "stream": module._VERIFYING,
+    "verification": SampledDrafting.verification,
+}
+
+
+class _Likeliest:
+    """Names the most probable token where dice would draw one."""
+
+    def draw(self, weights: Any) -> int:
+        return int(np.argmax(weights))
+
+    def uniform(self) -> float:
+        return 0.5
+
+
+def _named(grow: Any) -> Callable[..., Any]:
+    return lambda tree, width, depth, chance: grow(tree, width, depth, _Likeliest())
+
+
+def _best_first(p: Any, q: Any, drawn: Any, chance: Any) -> int:
+    return swor(p, q, sorted(drawn, key=lambda t: -q.probs[q.place(t)]), chance)
+
+
+def _another_law(self: Any, *args: Any, **kwargs: Any) -> Any:
+    drawn = self._drawn.get(args[0])
+    if drawn is not None:
+        drawn.tree.laws = {
+            node: type(law).of(law.tokens, law.probs**0.5) for node, law in drawn.tree.laws.items()
+        }
+    return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
+
+
+def _only_with_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Takes the Sampler's own draw where no node got a row."""
+    if not args[3]:
+        return None
+    return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
+
+
+class SampledWorker(DraftWorker):
+    """The real worker, plus what the tests ask it."""
+
+    def set_rule(self, rule: str, broken: str = "none") -> None:
+        """Verify by `rule` from here on, with one thing broken."""
+        runner: Any = self.model_runner
+        patched: Any = module
+        patched.swor = ORIGINALS["swor"]
+        patched._GROW = dict(ORIGINALS["grow"])  # type: ignore[call-overload]
+        patched._VERIFYING = ORIGINALS["stream"]
+        SampledDrafting.verification = ORIGINALS["verification"]  # type: ignore[method-assign,assignment]
+        if broken == "named":
+            patched._GROW = {name: _named(grow) for name, grow in patched._GROW.items()}
+        elif broken == "order":
+            patched.swor = _best_first
+        elif broken == "stream":
+            patched._VERIFYING = module._DRAFTING
+        elif broken == "law":
+            SampledDrafting.verification = _another_law  # type: ignore[method-assign]
+        elif broken == "rows":
+            SampledDrafting.verification = _only_with_rows  # type: ignore[method-assign]
+        elif broken != "none":
+            raise ValueError(broken)
+        runner._options = runner._options.model_copy(update={"verify": rule})
+        runner._sampled = runner._new_sampled()
+
+    def teach_draft(self) -> None:
+        """The draft model becomes the target."""
+        runner: Any = self.model_runner
+        runner._draft_model._model.load_state_dict(runner.model.state_dict())
+
+    def drawn_trees(self) -> int:
+        """Drawn trees that are kept."""
+        runner: Any = self.model_runner
+        return len(runner._sampled._drawn)
