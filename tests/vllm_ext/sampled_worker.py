@@ -11,12 +11,14 @@ import numpy as np
 from proposers.verify_swor import swor
 from tests.vllm_ext.draft_worker import DraftWorker
 from vllm_ext.worker import sampled_drafting as module
+from vllm_ext.worker import sampled_runner
 from vllm_ext.worker.sampled_drafting import SampledDrafting
 
 ORIGINALS = {
     "swor": swor,
     "grow": dict(module._GROW),
     "stream": module._VERIFYING,
+    "keeps_text": sampled_runner._keeps_text,
     "verification": SampledDrafting.verification,
 }
 
@@ -48,13 +50,6 @@ def _another_law(self: Any, *args: Any, **kwargs: Any) -> Any:
     return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
 
 
-def _only_with_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Takes the Sampler's own draw where no node got a row."""
-    if not args[3]:
-        return None
-    return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
-
-
 class SampledWorker(DraftWorker):
     """The real worker, plus what the tests ask it."""
 
@@ -65,6 +60,7 @@ class SampledWorker(DraftWorker):
         patched.swor = ORIGINALS["swor"]
         patched._GROW = dict(ORIGINALS["grow"])  # type: ignore[call-overload]
         patched._VERIFYING = ORIGINALS["stream"]
+        sampled_runner._keeps_text = ORIGINALS["keeps_text"]  # type: ignore[assignment]
         SampledDrafting.verification = ORIGINALS["verification"]  # type: ignore[method-assign,assignment]
         if broken == "named":
             patched._GROW = {name: _named(grow) for name, grow in patched._GROW.items()}
@@ -74,8 +70,8 @@ class SampledWorker(DraftWorker):
             patched._VERIFYING = module._DRAFTING
         elif broken == "law":
             SampledDrafting.verification = _another_law  # type: ignore[method-assign]
-        elif broken == "rows":
-            SampledDrafting.verification = _only_with_rows  # type: ignore[method-assign]
+        elif broken == "text":
+            sampled_runner._keeps_text = lambda processor, row: False
         elif broken != "none":
             raise ValueError(broken)
         runner._options = runner._options.model_copy(update={"verify": rule})
@@ -85,8 +81,3 @@ class SampledWorker(DraftWorker):
         """The draft model becomes the target."""
         runner: Any = self.model_runner
         runner._draft_model._model.load_state_dict(runner.model.state_dict())
-
-    def drawn_trees(self) -> int:
-        """Drawn trees that are kept."""
-        runner: Any = self.model_runner
-        return len(runner._sampled._drawn)
