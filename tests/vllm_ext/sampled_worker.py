@@ -45,7 +45,8 @@ def _another_law(self: Any, *args: Any, **kwargs: Any) -> Any:
     drawn = self._drawn.get(args[0])
     if drawn is not None:
         drawn.tree.laws = {
-            node: type(law).of(law.tokens, law.probs**0.5) for node, law in drawn.tree.laws.items()
+            node: type(law).of(law.tokens, np.ones_like(law.probs))
+            for node, law in drawn.tree.laws.items()
         }
     return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
 
@@ -78,6 +79,11 @@ class SampledWorker(DraftWorker):
         runner._sampled = runner._new_sampled()
 
     def teach_draft(self) -> None:
-        """The draft model becomes the target."""
+        """The draft model gets the target's weights."""
         runner: Any = self.model_runner
-        runner._draft_model._model.load_state_dict(runner.model.state_dict())
+        draft, target = runner._draft_model._model, runner.model
+        draft.load_state_dict(target.state_dict())
+        for pupil, teacher in zip(draft.modules(), target.modules(), strict=True):
+            if hasattr(teacher, "cpu_linear"):  # holds packed weights
+                pupil.cpu_linear = teacher.cpu_linear
+        runner._predictor.ledger._marks.clear()  # keys and values of the old weights
