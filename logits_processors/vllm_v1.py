@@ -36,6 +36,10 @@ class V1Processor(LogitsProcessor):
         """Whether any request of the batch is ours."""
         return bool(self._rows)
 
+    def owns(self, row: int) -> bool:
+        """Whether the tokens of a row are chosen here."""
+        return row in self._rows
+
     def is_argmax_invariant(self) -> bool:
         """False: constraints change the most probable token."""
         return False

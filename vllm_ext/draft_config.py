@@ -34,6 +34,12 @@ def check_draft(
         given = [name for name in _DEPENDENT if getattr(options, name, None) is not None]
         if given:
             raise OptionError(f"{', '.join(given)} given without a draft model: add 'model'")
+        verify = getattr(options, "verify", "match")
+        if verify != "match":
+            raise OptionError(
+                f"verify={verify!r} is a rule for drafts drawn from a draft model, and none is "
+                "given: add 'model' or use verify='match'"
+            )
         if getattr(options, "sources", None) == []:
             raise OptionError("sources=[] drafts nothing without a draft model: add 'model'")
         return

@@ -161,6 +161,21 @@ WORKER = (
         "stays: it is called, not changed",
     ),
     Hook(
+        "sampler-draw",
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        ("self", "logits", "generators", "k", "p"),
+        "drafts drawn from a draft model: while they are verified our rules stand in its place, at "
+        "Sampler.topk_topp_sampler, and are called as it is",
+        "vLLM's Sampler takes the draw as an argument",
+    ),
+    Hook(
+        "top-k-top-p",
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        ("logits", "k", "p"),
+        "the walk on the device and the rules for drawn drafts filter rows as the Sampler does",
+        "vLLM's Sampler takes the draw as an argument",
+    ),
+    Hook(
         "parse-output",
         "vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output",
         ("output_token_ids", "vocab_size", "discard_req_indices", "logprobs_tensors"),
@@ -353,13 +368,6 @@ CUDA = (
         ("self", "common_prefix_len", "common_attn_metadata"),
         "the start-up self-test runs the stock kernel on metadata of its own",
         "stays: it is called, not changed",
-    ),
-    Hook(
-        "top-k-top-p",
-        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
-        ("logits", "k", "p"),
-        "the walk on the device filters rows as the Sampler does",
-        "vLLM's Sampler takes its noise as an argument",
     ),
     Hook(
         "temperature",

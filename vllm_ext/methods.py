@@ -110,6 +110,12 @@ class DySpecConfig(DraftModelConfig):
         description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
         "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
     )
+    verify: Literal["match", "swor", "kseq", "block"] = Field(
+        default="match",
+        description="how drafts of sampled requests are verified: match (named drafts against the "
+        "Sampler's own draw, token by token as without speculation), or a rule that keeps more of "
+        "drafts drawn from `model` and keeps the law: swor, kseq, block",
+    )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS

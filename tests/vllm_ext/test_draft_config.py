@@ -138,11 +138,19 @@ def test_options_of_a_draft_model_without_one(target: Path) -> None:
     for given, message in (
         ({"quantization": "fp8"}, "quantization given without a draft model"),
         ({"max_model_len": 9, "draft_dtype": "float16"}, "max_model_len, draft_dtype given"),
+        ({"verify": "kseq"}, r"verify='kseq' is a rule .* none is given: add 'model' or"),
         ({"sources": []}, r"sources=\[\] drafts nothing"),
     ):
         options = parse_options(METHODS["dyspec"], given)
         with pytest.raises(OptionError, match=message):
             check_draft(options, None, None, None)
+
+
+def test_rules_of_verification(target: Path, draft: Path) -> None:
+    for rule in ("match", "swor", "kseq", "block"):
+        check(target, draft, verify=rule)
+    with pytest.raises(OptionError, match=r"'verify' given as 'ratio'.*'swor'"):
+        check(target, draft, verify="ratio")
 
 
 def test_a_method_that_takes_no_draft_model() -> None:

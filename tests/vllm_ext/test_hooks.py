@@ -99,6 +99,13 @@ ANCHORS = [
     ("vllm.v1.sample.ops.topk_topp_sampler:random_sample", "q[i].exponential_(generator=gen"),
     ("vllm.v1.sample.ops.topk_topp_sampler:random_sample", "if len(generators) != probs.shape[0]:"),
     ("vllm.v1.sample.sampler:Sampler.sample", "if sampling_metadata.all_greedy:"),
+    # Rules for drawn drafts stand in place of the draw, behind everything that makes the law.
+    ("vllm.v1.sample.sampler:Sampler.sample", "= self.topk_topp_sampler("),
+    # A processor that must see a text grow token by token.
+    (
+        "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor.update_state",
+        "if len(out_tok_ids) >= min_toks",
+    ),
     # Bookkeeping reads the tokens on the host, wherever we leave them.
     ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "output_token_ids.cpu()"),
     # The sampler reads history, not drafts, unless it samples a bonus token.

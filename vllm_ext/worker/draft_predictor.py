@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from vllm_ext.worker.draft_model import DraftModel, DraftRows
 
 WIDTH = 16
 """Candidates per node."""
+
+TopRow: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Tokens [width] and their probabilities at temperature 1, likeliest first."""
 
 _MOST_NODES = 127  # rows of a tree that the kernels take, less the root
 _NEGLIGIBLE = 1e-4
@@ -99,6 +102,10 @@ class DraftPredictor:
 
     def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
         """See `LevelPredictor.begin`."""
+        return {r: _candidates(found) for r, found in self.begin_rows(requests, WIDTH).items()}
+
+    def begin_rows(self, requests: Sequence[str], width: int) -> dict[str, TopRow]:
+        """As `begin`, with the `width` most probable tokens, likeliest first."""
         wanted = [request for request in requests if self._usable(request, None)]
         reading = [(request, *self._text(request)) for request in wanted]
         for request, computed in self.prompts.items():
@@ -111,7 +118,7 @@ class DraftPredictor:
             # The last token is always read: it is what the candidates follow.
             begin = min(text.done, len(tokens) - 1) if index < len(wanted) else text.done
             spans.append((begin, len(tokens)))
-        answers: dict[str, Candidates] = {}
+        answers: dict[str, TopRow] = {}
         for parts in packed(spans, self._runner.max_num_tokens):
             rows = []
             owners = []
@@ -121,8 +128,7 @@ class DraftPredictor:
                 rows.append(DraftRows(row, start, tokens[start:end].tolist(), int(last)))
                 if last:
                     owners.append(request)
-            ids, probs = self._run(rows)
-            answers.update(zip(owners, _candidates(ids, probs), strict=True))
+            answers.update(zip(owners, zip(*self._run(rows, width), strict=True), strict=True))
             for index, start, end in parts:
                 request, row, tokens = reading[index]
                 self.ledger.wrote(tokens, self._blocks(row), start, end)
@@ -143,6 +149,13 @@ class DraftPredictor:
 
     def predict(self, nodes: Sequence[LevelNode]) -> list[Candidates]:
         """See `LevelPredictor.predict`."""
+        rows = self.predict_rows(nodes, WIDTH)
+        return [{} if row is None else _candidates(row) for row in rows]
+
+    def predict_rows(self, nodes: Sequence[LevelNode], width: int) -> list[TopRow | None]:
+        """As `predict`, with the `width` most probable tokens, likeliest first; ``None`` where
+        `predict` answers nothing.
+        """
         by_request: dict[str, list[LevelNode]] = {}
         for node in nodes:
             text = self._texts[node.request]
@@ -156,9 +169,8 @@ class DraftPredictor:
             part, answered = self._level(request, asked)
             parts.append(part)
             order.extend((request, node) for node in answered)
-        ids, probs = self._run(parts)
-        found = dict(zip(order, _candidates(ids, probs), strict=True))
-        return [found.get((node.request, node.node), {}) for node in nodes]
+        found = dict(zip(order, zip(*self._run(parts, width), strict=True), strict=True))
+        return [found.get((node.request, node.node)) for node in nodes]
 
     def seconds(self, rows: int) -> float:
         """See `LevelPredictor.seconds`."""
@@ -228,9 +240,11 @@ class DraftPredictor:
         unread = tokens[text.done if text is not None else 0 :]
         return bool((unread < self._model.vocab_size).all() and (unread >= 0).all())
 
-    def _run(self, parts: Sequence[DraftRows]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _run(
+        self, parts: Sequence[DraftRows], width: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         before = self._model.seconds
-        found = self._model.run(parts, WIDTH)
+        found = self._model.run(parts, width)
         rows = sum(len(part.tokens) for part in parts)
         if rows <= _TIMED:
             self._cost.record(rows, self._model.seconds - before)
@@ -282,8 +296,7 @@ def packed(spans: Sequence[tuple[int, int]], most: int) -> list[list[tuple[int, 
     return [parts for parts in passes if parts]
 
 
-def _candidates(ids: NDArray[np.int64], probs: NDArray[np.float32]) -> list[Candidates]:
-    return [
-        {t: min(p, 1.0) for t, p in zip(i, q, strict=True) if p > _NEGLIGIBLE}
-        for i, q in zip(ids.tolist(), probs.tolist(), strict=True)
-    ]
+def _candidates(row: TopRow) -> Candidates:
+    ids, probs = row
+    pairs = zip(ids.tolist(), probs.tolist(), strict=True)
+    return {t: min(p, 1.0) for t, p in pairs if p > _NEGLIGIBLE}

@@ -93,10 +93,10 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         device_step = DeviceStep.build(step, query_starts, bases, self.processors)
         setattr(metadata, LAUNCH_ATTRIBUTE, TreeLaunch(device_step, block_table))
 
-    def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
         metadata = self.input_batch.sampling_metadata
         if not any(step.trees) or why_sequential(self.sampler, metadata) is not None:
-            return super()._verify(logits, step)
+            return super()._match(logits, step)
         chunk = chunk_rows(logits.shape[1])
         begins = range(0, len(logits), chunk)
         parts = [top_candidates(logits[row : row + chunk], WIDTH) for row in begins]

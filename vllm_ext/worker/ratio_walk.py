@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from proposers.tree import TokenTree
@@ -103,6 +104,9 @@ class _Draw(torch.nn.Module):
             None if p is None else p[decided],
         ).softmax(dim=-1, dtype=torch.float32)
         drawn, processed = self._stock(logits, generators, k, p)
+        stuck = laws.isnan().any(dim=1)
+        # Without a law (a model that overflowed) the Sampler's token stands, whatever it is.
+        laws[stuck] = one_hot(drawn[decided].long()[stuck], laws.shape[1]).to(laws.dtype)
         tokens = []
         for (request, verification), law in zip(open_ones, laws.cpu().numpy(), strict=True):
             verification.feed(law)

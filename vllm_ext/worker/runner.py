@@ -32,10 +32,11 @@ from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
-from vllm_ext.worker.draft_runner import DraftModelMixin
 from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
+from vllm_ext.worker.ratio_walk import ratio_walk
+from vllm_ext.worker.sampled_runner import SampledDraftsMixin
 from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
 from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
 
@@ -44,7 +45,7 @@ logger = init_logger("vllm.vllm_ext")
 _CALIBRATION_ROUNDS = 5
 
 
-class TreeRunnerMixin(DraftModelMixin):
+class TreeRunnerMixin(SampledDraftsMixin):
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
@@ -87,6 +88,7 @@ class TreeRunnerMixin(DraftModelMixin):
         drafter = build_drafter(
             self._method, self._options, self._resources, self._timer.cost, self._predictor
         )
+        self._sampled = self._new_sampled()
         return Drafting(drafter, trees=self.trees_refused is None)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
@@ -174,8 +176,29 @@ class TreeRunnerMixin(DraftModelMixin):
 
     def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
         """Candidates at the step's rows, and the walk over its trees."""
+        self._verifications = verifications = self._verify_how(step)
+        if all(verification is None for verification in verifications):
+            return self._match(logits, step)  # type: ignore[no-any-return]
         batch = self.input_batch
         seen = candidates(logits)  # before the walk: a processor may write into the logits
+        with self._processors_walking():
+            walked = ratio_walk(
+                self.sampler,
+                logits,
+                batch.sampling_metadata,
+                step.trees,
+                step.starts,
+                batch.req_output_token_ids,
+                self._update_processors,
+                undrawn=self._undrawn(),
+                verifications=verifications,
+            )
+        return seen, walked
+
+    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+        """As `_verify`, where no tree was drawn."""
+        batch = self.input_batch
+        seen = candidates(logits)
         with self._processors_walking():
             walked = walk(
                 self.sampler,
@@ -246,6 +269,7 @@ class TreeRunnerMixin(DraftModelMixin):
         for request_id, positions, seen in prompts:
             drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
+        self._learn_draws(request_ids, self._walked)
         ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
@@ -257,8 +281,11 @@ class TreeRunnerMixin(DraftModelMixin):
             self._predictor.prompts = {
                 r: self.requests[r].num_computed_tokens + scheduled[r] for r in unread
             }
-        drafting.propose(ready, limits, unfinished)
+        drawn = self._draw_trees(ready, limits, unfinished)
+        limits.update(dict.fromkeys(drawn, 0))
+        drafting.propose(ready, limits, unfinished + sum(map(len, drawn.values())))
         self._prune_forbidden(drafting.trees, request_ids)
+        drafting.trees.update(drawn)
         self._count_decisions(drafting, ready)
         return drafting.trees
 

@@ -169,6 +169,18 @@ def test_greedy_requests_keep_their_tokens_beside_sampled_ones():
     assert again.tokens[::2] == result.tokens[::2]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_without_a_law_emits_the_samplers_token(name):
+    """A target that overflows must not take the engine down."""
+    growing, verifying = METHODS[name]
+    broken = {context: np.full_like(row, np.nan) for context, row in table(1).items()}
+    trees = draft_trees(3, growing, Dice(np.random.default_rng(1).random))
+    dice = Dice(np.random.default_rng(2).random)
+    given = metadata(3, PLAIN)
+    result = walk_all(broken, trees, [verifying(t, dice, len(t)) for t in trees], given)
+    assert all(0 <= token < VOCAB for tokens in result.tokens for token in tokens)
+
+
 def test_requests_without_a_verification_draw_as_ever():
     growing, verifying = METHODS["kseq"]
     target = table(1)

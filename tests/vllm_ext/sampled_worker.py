@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker whose rule for drawn drafts can be changed, and broken, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from proposers.verify_swor import swor
+from tests.vllm_ext.draft_worker import DraftWorker
+from vllm_ext.worker import sampled_drafting as module
+from vllm_ext.worker import sampled_runner
+from vllm_ext.worker.sampled_drafting import SampledDrafting
+
+ORIGINALS = {
+    "swor": swor,
+    "grow": dict(module._GROW),
+    "stream": module._VERIFYING,
+    "keeps_text": sampled_runner._keeps_text,
+    "verification": SampledDrafting.verification,
+}
+
+
+class _Likeliest:
+    """Names the most probable token where dice would draw one."""
+
+    def draw(self, weights: Any) -> int:
+        return int(np.argmax(weights))
+
+    def uniform(self) -> float:
+        return 0.5
+
+
+def _named(grow: Any) -> Callable[..., Any]:
+    return lambda tree, width, depth, chance: grow(tree, width, depth, _Likeliest())
+
+
+def _best_first(p: Any, q: Any, drawn: Any, chance: Any) -> int:
+    return swor(p, q, sorted(drawn, key=lambda t: -q.probs[q.place(t)]), chance)
+
+
+def _another_law(self: Any, *args: Any, **kwargs: Any) -> Any:
+    drawn = self._drawn.get(args[0])
+    if drawn is not None:
+        drawn.tree.laws = {
+            node: type(law).of(law.tokens, np.ones_like(law.probs))
+            for node, law in drawn.tree.laws.items()
+        }
+    return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
+
+
+class SampledWorker(DraftWorker):
+    """The real worker, plus what the tests ask it."""
+
+    def set_rule(self, rule: str, broken: str = "none") -> None:
+        """Verify by `rule` from here on, with one thing broken."""
+        runner: Any = self.model_runner
+        patched: Any = module
+        patched.swor = ORIGINALS["swor"]
+        patched._GROW = dict(ORIGINALS["grow"])  # type: ignore[call-overload]
+        patched._VERIFYING = ORIGINALS["stream"]
+        sampled_runner._keeps_text = ORIGINALS["keeps_text"]  # type: ignore[assignment]
+        SampledDrafting.verification = ORIGINALS["verification"]  # type: ignore[method-assign,assignment]
+        if broken == "named":
+            patched._GROW = {name: _named(grow) for name, grow in patched._GROW.items()}
+        elif broken == "order":
+            patched.swor = _best_first
+        elif broken == "stream":
+            patched._VERIFYING = module._DRAFTING
+        elif broken == "law":
+            SampledDrafting.verification = _another_law  # type: ignore[method-assign]
+        elif broken == "text":
+            sampled_runner._keeps_text = lambda processor, row: False
+        elif broken != "none":
+            raise ValueError(broken)
+        runner._options = runner._options.model_copy(update={"verify": rule})
+        runner._sampled = runner._new_sampled()
+
+    def teach_draft(self) -> None:
+        """The draft model gets the target's weights."""
+        runner: Any = self.model_runner
+        draft, target = runner._draft_model._model, runner.model
+        draft.load_state_dict(target.state_dict())
+        for pupil, teacher in zip(draft.modules(), target.modules(), strict=True):
+            if hasattr(teacher, "cpu_linear"):  # holds packed weights
+                pupil.cpu_linear = teacher.cpu_linear
+        runner._predictor.ledger._marks.clear()  # keys and values of the old weights

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing trees with a predictor that is a table: which are drawn, from what, and how verified."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from vllm import SamplingParams
+
+from proposers.cost_model import CostModel
+from proposers.levels import LevelNode
+from proposers.tree import ROOT, TokenTree
+from proposers.verify_block import BlockWalk
+from proposers.verify_tree import TreeWalk, verify
+from vllm_ext.worker.sampled_drafting import Applicant, Rule, SampledDrafting, draft_law
+
+VOCAB = 6
+FREE = CostModel([(1, 1.0)], margin=0.0)
+RULES: list[Rule] = ["swor", "kseq", "block"]
+
+
+def row(key: tuple[int, ...]) -> Any:
+    """A law that depends on the path, likeliest first."""
+    weights = np.random.default_rng([7, *key]).random(VOCAB).astype(np.float32)
+    ids = np.argsort(-weights)
+    return ids, (weights / weights.sum())[ids]
+
+
+class Table:
+    """A predictor that checks that it is asked level by level, and remembers how often."""
+
+    def __init__(self, room: int = 100, unreadable: Sequence[str] = ()) -> None:
+        self.passes: list[int] = []
+        self.free = room
+        self.unreadable = unreadable
+        self.paths: dict[tuple[str, int], tuple[int, ...]] = {}
+
+    def begin_rows(self, requests: Sequence[str], width: int) -> Any:
+        self.passes.append(len(requests))
+        self.paths = {(request, ROOT): () for request in requests}
+        return {r: row(()) for r in requests if r not in self.unreadable}
+
+    def predict_rows(self, nodes: Sequence[LevelNode], width: int) -> Any:
+        self.passes.append(len(nodes))
+        for node in nodes:
+            above = self.paths[node.request, node.parent]
+            self.paths[node.request, node.node] = (*above, node.token)
+        return [row(self.paths[node.request, node.node]) for node in nodes]
+
+    def debt(self, request: str) -> int:
+        return 3
+
+    def room(self, request: str) -> int:
+        return self.free
+
+    def seconds(self, rows: int) -> float:
+        return 0.1
+
+
+def drafting(rule: Rule, predictor: Any, *, adaptive: bool = False, depth: int = 4) -> Any:
+    return SampledDrafting(rule, predictor, seed=11, max_depth=depth, adaptive=adaptive)
+
+
+def applicant(
+    request: str, limit: int = 12, *, position: int = 5, chain: bool = False, **params: Any
+) -> Applicant:
+    given = SamplingParams(**{"temperature": 1.0, "seed": 3, **params})
+    return Applicant(request, given, position, limit, chain)
+
+
+def propose(made: Any, applicants: list[Applicant], cost: Any = FREE, **more: Any) -> Any:
+    given = {"base_rows": len(applicants), "base_tokens": float(len(applicants))}
+    return made.propose(applicants, cost, **{**given, "most_rows": 1000, **more})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_level_of_the_whole_batch_is_one_pass(rule: Rule) -> None:
+    table = Table()
+    trees = propose(drafting(rule, table), [applicant(name, 8) for name in "abc"])
+    deepest = max(max(tree.depths) for tree in trees.values())
+    assert len(table.passes) == deepest > 1
+    for tree in trees.values():
+        tree.validate()
+        assert 2 <= len(tree) <= 8
+        assert tree.is_chain or rule != "block"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_limits(rule: Rule) -> None:
+    limits = {"one": 1, "three": 3, "many": 40}
+    given = [applicant(name, most) for name, most in limits.items()]
+    trees = propose(drafting(rule, Table()), [*given, applicant("chain", chain=True)])
+    assert all(len(trees[name]) <= most for name, most in limits.items())
+    assert trees["chain"].is_chain
+    assert len(trees["one"]) == 1
+    # Of the slots behind the text, all but those of the last level are written.
+    tight = propose(drafting(rule, Table(room=3)), [applicant("a", 24)])["a"]
+    assert sum(depth < max(tight.depths) for depth in tight.depths) <= 3
+    # As many rows as a step has left, over all requests.
+    few = propose(drafting(rule, Table()), [applicant("a"), applicant("b")], most_rows=8)
+    assert 2 <= sum(map(len, few.values())) <= 6
+    assert not propose(drafting(rule, Table()), [applicant("a")], most_rows=1)
+
+
+def test_what_cannot_be_read_is_left_to_others() -> None:
+    made = drafting("swor", Table(unreadable=["b"]))
+    trees = propose(made, [applicant("a"), applicant("b")])
+    assert list(trees) == ["a"]
+    assert made.verification("b", applicant("b").params, 5, TokenTree.EMPTY, as_it_goes=False) is (
+        None
+    )
+
+
+def test_draws_depend_on_seed_request_and_position() -> None:
+    def tokens(one: Applicant) -> Any:
+        return propose(drafting("kseq", Table(), depth=6), [one])["a"].tokens
+
+    assert tokens(applicant("a")) == tokens(applicant("a"))
+    drawn = [tokens(applicant("a", seed=s, position=p)) for s in range(4) for p in range(4)]
+    assert len(set(drawn)) > 8
+    unseeded = tokens(applicant("a", seed=None))
+    assert unseeded == tokens(applicant("a", seed=None))
+    others = [
+        propose(drafting("kseq", Table(), depth=6), [applicant(n, seed=None)])[n].tokens
+        for n in "bcdefgh"
+    ]
+    assert len({*others, unseeded}) > 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rows", [0, 1, None])
+def test_first_token_has_the_targets_law_whatever_has_rows(rule: Rule, rows: int | None) -> None:
+    """Also where the scheduler drops nodes for what they are, as a grammar does."""
+    target = np.array([0.3, 0.0, 0.25, 0.05, 0.4, 0.0])
+    counts: Counter[int] = Counter()
+    given = [applicant("a", 4, seed=seed) for seed in range(1500)]
+    for one in given:
+        made = drafting(rule, Table(), depth=2)
+        tree = propose(made, [one])["a"]
+        kept = len(tree) if rows is None else rows
+        if target[tree.tokens[0]] == 0.0:
+            kept = 0
+        walk = made.verification("a", one.params, 5, tree.prefix(kept), as_it_goes=False)
+        verify(walk, lambda node: target)
+        counts[walk.tokens[0]] += 1
+        assert len(walk.path) == len(walk.tokens) - 1
+        assert all(node < kept for node in walk.path)
+    possible = np.flatnonzero(target)
+    assert set(counts) <= set(possible.tolist())
+    observed = [counts[int(token)] for token in possible]
+    assert stats.chisquare(observed, len(given) * target[possible]).pvalue > 1e-3
+
+
+def test_a_fresh_draw_where_nothing_has_rows_would_be_biased() -> None:
+    """Control of the test above: what it would find if such trees were forgotten."""
+    target = np.array([0.3, 0.0, 0.25, 0.05, 0.4, 0.0])
+    rng = np.random.default_rng(1)
+    counts: Counter[int] = Counter()
+    for seed in range(1500):
+        one = applicant("a", 4, seed=seed)
+        made = drafting("block", Table(), depth=2)
+        tree = propose(made, [one])["a"]
+        if target[tree.tokens[0]] == 0.0:
+            counts[int(rng.choice(VOCAB, p=target))] += 1
+            continue
+        walk = made.verification("a", one.params, 5, tree, as_it_goes=False)
+        verify(walk, lambda node: target)
+        counts[walk.tokens[0]] += 1
+    possible = np.flatnonzero(target)
+    observed = [counts[int(token)] for token in possible]
+    assert stats.chisquare(observed, 1500 * target[possible]).pvalue < 1e-6
+
+
+def test_which_verification() -> None:
+    one = applicant("a")
+
+    def kind(rule: Rule, as_it_goes: bool) -> type:
+        made = drafting(rule, Table())
+        tree = propose(made, [one])["a"]
+        return type(made.verification("a", one.params, 5, tree, as_it_goes=as_it_goes))
+
+    assert kind("block", False) is BlockWalk
+    assert kind("block", True) is TreeWalk
+    assert kind("swor", False) is kind("kseq", True) is TreeWalk
+
+
+def test_trees_of_another_place_are_not_used() -> None:
+    made, one = drafting("swor", Table()), applicant("a")
+    tree = propose(made, [one])["a"]
+    ask = {"as_it_goes": False}
+    assert made.verification("a", one.params, 6, tree, **ask) is None
+    assert made.verification("b", one.params, 5, tree, **ask) is None
+    # Nodes that are not the drawn ones have no rows of ours.
+    stranger = TokenTree.chain([VOCAB, VOCAB], [0.0, 0.0])
+    walk = made.verification("a", one.params, 5, stranger, **ask)
+    verify(walk, lambda node: np.full(VOCAB, 1 / VOCAB))
+    assert len(walk.tokens) == 1
+    made.stop("a")
+    made.stop("a")
+    assert made.verification("a", one.params, 5, tree, **ask) is None
+
+
+def test_drawing_stops_while_it_does_not_pay() -> None:
+    slow = CostModel([(1, 1.0), (33, 33.0)])
+    table = Table()
+    made = drafting("swor", table, adaptive=True)
+    trees = [propose(made, [applicant("a")], slow) for _ in range(300)]
+    assert not any(trees)
+    assert table.passes == []
+    assert propose(drafting("swor", Table(), adaptive=True), [applicant("a")], FREE)["a"]
+
+
+def test_acceptance_is_learned_from_walks() -> None:
+    made = drafting("swor", Table(), adaptive=True)
+    before = made._size.expected(2, 2)
+    for position in range(60):
+        one = applicant("a", position=position)
+        tree = propose(made, [one], CostModel([(1, 1.0), (64, 1.1)]))["a"]
+        walk = made.verification("a", one.params, position, tree, as_it_goes=False)
+        never = np.zeros(VOCAB + 1)
+        never[VOCAB] = 1.0
+        verify(walk, lambda node, law=never: law)
+        assert walk.tokens == [VOCAB]
+        made.learn("a", walk.tokens, walk.path)
+        if made._size.expected(2, 2) < 0.2:
+            break
+    assert made._size.expected(2, 2) < before / 2
+
+
+def test_the_law_follows_the_requests_options() -> None:
+    ids = np.array([4, 2, 0, 5])
+    probs = np.array([0.4, 0.2, 0.1, 0.1], np.float32)
+
+    def law(**options: Any) -> dict[int, float]:
+        made = draft_law(ids, probs, SamplingParams(**{"temperature": 1.0, **options}))
+        return dict(zip(made.tokens.tolist(), made.probs.round(4).tolist(), strict=True))
+
+    assert law() == {4: 0.5, 2: 0.25, 0: 0.125, 5: 0.125}
+    assert law(temperature=0.5) == {4: 0.7273, 2: 0.1818, 0: 0.0455, 5: 0.0455}
+    assert law(top_k=2) == {4: 0.6667, 2: 0.3333}
+    assert law(top_p=0.6) == {4: 0.6667, 2: 0.3333}
+    assert law(top_p=0.1) == {4: 1.0}
+    assert law(min_p=0.4) == {4: 0.6667, 2: 0.3333}
+    sharp = law(temperature=0.01)
+    assert sharp[4] == 1.0
