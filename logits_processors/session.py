@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -82,10 +82,14 @@ class Session(ABC):
 
     Attributes:
         temperature: what the engine divides its logits by after the edit.
+        longest: tokens after which the engine ends the text; ``None`` if not known.
+        stops: tokens at which it ends the text.
     """
 
     def __init__(self, eos: int) -> None:
         self.temperature = 1.0
+        self.longest: int | None = None
+        self.stops: Collection[int] = ()
         self.tokens: list[int] = []
         self.error = ""
         self.eos = eos
@@ -100,11 +104,17 @@ class Session(ABC):
         Raises:
             Exception: whatever the constraint's engine raises; :meth:`fail` is the answer to it.
         """
-        return Edit(self.eos) if self.over else self._choose(logits)
+        return Edit(self.eos) if self.over or self._cut else self._choose(logits)
 
     def follow(self, output: Sequence[int]) -> None:
-        """Move to the text ``output``, forwards or backwards."""
-        tokens = self._without_placeholders(output)
+        """Move to the text ``output``, forwards or backwards.
+
+        An engine that speculates draws beyond the end of a text and drops that afterwards; so does
+        this.
+        """
+        tokens = self._without_placeholders(output)[: self.longest]
+        ends = (i for i, token in enumerate(tokens, 1) if token in self.stops)
+        del tokens[next(ends, len(tokens)) :]
         if self.tokens != tokens[: len(self.tokens)]:
             pairs = zip(self.tokens, tokens, strict=False)
             shorter = min(len(self.tokens), len(tokens))
@@ -123,6 +133,13 @@ class Session(ABC):
     def over(self) -> bool:
         """Whether nothing that follows can change what the session came to."""
         return bool(self.error)
+
+    @property
+    def _cut(self) -> bool:
+        """Whether the engine ends the text here."""
+        return bool(
+            len(self.tokens) == self.longest or (self.tokens and self.tokens[-1] in self.stops)
+        )
 
     def _without_placeholders(self, output: Sequence[int]) -> list[int]:
         return list(output)

@@ -122,6 +122,7 @@ class Sessions:
         session = self._resumed(asked, output) if output else None
         if session is None:
             session = self._new(asked)
+            session.longest = asked.max_tokens
         self._running[id(session)] = (asked, session)
         return session
 

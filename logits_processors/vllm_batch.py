@@ -136,6 +136,7 @@ class Batch:
             )
             session = self.sessions.open(asked, output)
             session.temperature = asked.temperature or 1.0
+            session.stops = params.stop_token_ids or ()
             return session
         except Exception as error:
             stop = params.eos_token_id

@@ -254,3 +254,22 @@ def test_replayed_weights_are_unknown() -> None:
     record = session.record()
     assert record.token_ids[2:] == text[2:]
     assert [math.isnan(weight) for weight in record.log_weights] == [True, True] + [False] * 4
+
+
+@pytest.mark.parametrize(("longest", "stops"), [(3, ()), (10, (1,))])
+def test_what_is_drawn_beyond_the_end_of_a_text_is_no_part_of_it(
+    longest: int, stops: tuple[int, ...]
+) -> None:
+    """Speculation draws on; the engine then drops it, and the record must not have it."""
+    sessions = store()
+    request = asked(constraint_ebnf="root ::= [01]{9}")
+    session = sessions.open(replace(request, max_tokens=longest), [])
+    session.stops = stops
+    text: list[int] = []
+    for wanted in (0, 0, 1, 1, 0, 1):
+        text.append(session.choose(np.where(np.arange(TINY.size) == wanted, 9.0, -9.0)).token)
+        session.follow(text)
+    sessions.close(session)
+    [record] = sessions.pop(["a"])
+    assert (record.token_ids, len(record.log_weights)) == ([0, 0, 1], 3)
+    assert record.state == "incomplete"

@@ -13,10 +13,11 @@ from vllm_ext.distill.student import make_student, save_student
 
 @pytest.mark.engine
 def test_vllm_loads_a_draft_and_says_what_transformers_says(
-    target: Any, target_folder: Path, tmp_path: Path
+    target: Any, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import SamplingParams
 
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     student = make_student(target, [0, 2])
     save_student(student, target_folder, tmp_path, torch.float32)
     prompt = [5, 6, 7, 8]
