@@ -70,6 +70,18 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any
         engine.llm_engine.engine_core.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def drafting_never_fails(engines: tuple[Any, Any]) -> Iterator[None]:
+    """The counter is shared with engines of other modules, where drafting is made to fail."""
+
+    def errors() -> float:
+        return float(engines[1].collective_rpc("draft_state")[0]["drafting_errors"])
+
+    before = errors()
+    yield
+    assert errors() == before
+
+
 @pytest.fixture(scope="module")
 def joint(engines: tuple[Any, Any]) -> dict[tuple[int, ...], float]:
     """Probability of each answer, from plain vLLM's logprobs of each next token."""
@@ -243,4 +255,3 @@ def test_a_draft_that_is_the_target_is_always_kept(engines: tuple[Any, Any]) -> 
     print(f"trees left at an inner node: {before}, with the target's weights: {after}")
     assert min(before) > 0.1
     assert max(after) < 0.01
-    assert ours.collective_rpc("draft_state")[0]["drafting_errors"] == 0
