@@ -215,7 +215,7 @@ class ConstraintSession(Session):
         )
 
     def viable(self, tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
-        """Tell which nodes of a draft tree the constraint allows.
+        """Tell which nodes of a draft tree the constraint and the text's length allow.
 
         Args:
             tokens: of the nodes, parents first.
@@ -229,14 +229,16 @@ class ConstraintSession(Session):
         for node, parent in enumerate(parents):
             children.setdefault(parent, []).append(node)
 
-        def visit(parent: int) -> None:
-            for node in children.get(parent, ()):
+        def visit(parent: int, room: int) -> None:
+            for node in children.get(parent, ()) if room > 0 else ():
                 if self._accepts(constraint, tokens[node]):
                     keep[node] = True
-                    visit(node)
+                    visit(node, room - 1)
                     constraint.rollback(1)
 
-        visit(-1)
+        # The last token of a text needs no draft: it is drawn behind those that are accepted.
+        longest = len(self.tokens) + len(tokens) + 1 if self.longest is None else self.longest
+        visit(-1, longest - len(self.tokens) - 1)
         return keep
 
     @staticmethod
