@@ -112,9 +112,7 @@ class Session(ABC):
         An engine that speculates draws beyond the end of a text and drops that afterwards; so does
         this.
         """
-        tokens = self._without_placeholders(output)[: self.longest]
-        ends = (i for i, token in enumerate(tokens, 1) if token in self.stops)
-        del tokens[next(ends, len(tokens)) :]
+        tokens = self._without_placeholders(output)
         if self.tokens != tokens[: len(self.tokens)]:
             pairs = zip(self.tokens, tokens, strict=False)
             shorter = min(len(self.tokens), len(tokens))
@@ -122,6 +120,8 @@ class Session(ABC):
             self._rewind(same)
             del self.tokens[same:]
         for token in tokens[len(self.tokens) :]:
+            if self._cut:
+                break
             self._advance(len(self.tokens), token)
             self.tokens.append(token)
 

@@ -28,13 +28,10 @@ from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
 from proposers.gate import Gate
 from proposers.grower import Draftee
-from proposers.levels import LevelNode, LevelPredictor, ModelSource
+from proposers.levels import FAIR_DEBT, LevelNode, LevelPredictor, ModelSource
 from proposers.mixture import Bias, Mixture, Prediction
 from proposers.source import Candidates, Source, State
 from proposers.tree import ROOT, TokenTree
-
-_FAIR_DEBT = 16
-"""Most tokens to read that one step is charged for: a prompt is read once, for a whole answer."""
 
 _KEPT_AT_FIRST = 0.7
 _KEPT_RATE = 0.1
@@ -172,7 +169,7 @@ class Layerwise(DySpec):
         if not wanted or (self.gate is not None and not self.gate.wants_draft(base_rows)):
             return trees
         before = _gain(trees, cost, base_rows, base_tokens, 0.0)
-        self._charge(sum(min(self._predictor.debt(request), _FAIR_DEBT) for request in wanted))
+        self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in wanted))
         roots = self._predictor.begin(wanted)
         for draftee, context in zip(draftees, contexts, strict=True):
             if draftee.request in roots:

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from proposers.source import Candidates, State, VerifiedRows
 
+FAIR_DEBT = 16
+"""Most tokens to read that one step is charged for: a prompt is read once, for a whole answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class LevelNode:

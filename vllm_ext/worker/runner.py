@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,28 +180,20 @@ class TreeRunnerMixin(SampledDraftsMixin):
         self._verifications = verifications = self._verify_how(step)
         if all(verification is None for verification in verifications):
             return self._match(logits, step)  # type: ignore[no-any-return]
-        batch = self.input_batch
-        seen = candidates(logits)  # before the walk: a processor may write into the logits
-        with self._processors_walking():
-            walked = ratio_walk(
-                self.sampler,
-                logits,
-                batch.sampling_metadata,
-                step.trees,
-                step.starts,
-                batch.req_output_token_ids,
-                self._update_processors,
-                undrawn=self._undrawn(),
-                verifications=verifications,
-            )
-        return seen, walked
+        ruled = partial(ratio_walk, verifications=verifications)
+        return self._walk(ruled, logits, step)  # type: ignore[no-any-return]
 
     def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
         """As `_verify`, where no tree was drawn."""
+        return self._walk(walk, logits, step)  # type: ignore[no-any-return]
+
+    def _walk(
+        self: Any, how: Callable[..., WalkResult], logits: torch.Tensor, step: Step
+    ) -> tuple[Candidates, WalkResult]:
         batch = self.input_batch
-        seen = candidates(logits)
+        seen = candidates(logits)  # before the walk: a processor may write into the logits
         with self._processors_walking():
-            walked = walk(
+            walked = how(
                 self.sampler,
                 logits,
                 batch.sampling_metadata,

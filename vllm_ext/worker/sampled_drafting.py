@@ -33,7 +33,7 @@ from proposers.chance import Chance, request_dice
 from proposers.cost_model import CostModel
 from proposers.gate import Gate
 from proposers.law import DraftLaw
-from proposers.levels import LevelNode
+from proposers.levels import FAIR_DEBT, LevelNode
 from proposers.rsd import grow_stochastic_beam
 from proposers.sampled_size import NO_TREE, SizeByExpectation
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
@@ -52,7 +52,6 @@ WIDTH = 128
 _DRAFTING, _VERIFYING = 0, 1  # streams of a request's dice
 _WIDTHS = (1, 2, 3, 4, 6, 8)
 _MOST_NODES = 128  # over all requests of a step, as for named trees
-_FAIR_DEBT = 16  # rows to read that one step is charged for: a prompt is read once per answer
 
 Rule: TypeAlias = Literal["swor", "kseq", "block"]
 Grow: TypeAlias = Callable[[SampledTree, int, int, Chance], LevelwiseGrowth]
@@ -161,7 +160,7 @@ class SampledDrafting:
         if not applicants or (self._gate is not None and not self._gate.wants_draft(base_rows)):
             return {}
         size = min(max(a.limit for a in applicants), budget // len(applicants))
-        debt = sum(min(self._predictor.debt(a.request), _FAIR_DEBT) for a in applicants)
+        debt = sum(min(self._predictor.debt(a.request), FAIR_DEBT) for a in applicants)
         shape, gain = self._size.choose(
             cost,
             self._predictor.seconds if self._adaptive else lambda rows: 0.0,
