@@ -59,9 +59,11 @@ class DraftLedger:
             end: one past the last one.
         """
         self.scribbled(blocks, start, end)
-        full = end // self._size
+        first, full = start // self._size, end // self._size
+        if first == full:
+            return  # most steps fill no block, and hashing goes over the whole text
         for at, mark in enumerate(self._hashes(tokens[: full * self._size])):
-            if at >= start // self._size:
+            if at >= first:
                 self._marks[int(blocks[at])] = mark
 
     def scribbled(self, blocks: NDArray[np.int32], start: int, end: int) -> None:
