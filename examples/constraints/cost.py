@@ -207,6 +207,7 @@ def _within(engine: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]
 
     measures = [partial(measure, present) for present in (False, True, True)]
     without, having, again = _alternate(measures, _WITHIN * args.rounds)
+    engine.collective_rpc(_put_processor, args=(True,))
     return {"batch": batch, **_compare(without, having), "control": _compare(having, again)}
 
 
