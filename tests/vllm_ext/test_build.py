@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from proposers import CostModel, VerifiedRows
+from proposers import CostModel, TokenTree, VerifiedRows
 from proposers.datastore import DatastoreError
 from proposers.prime import PrimeError, PrimeTable
 from proposers.registry import RegistrationError
@@ -77,7 +77,11 @@ def text(string: str) -> list[int]:
 def test_every_method_drafts_a_repetition_or_what_was_seen(
     model: Any, store: Path, method: str
 ) -> None:
-    given = {"datastore": str(store)} if method == "datastore" else {}
+    required: dict[str, dict[str, Any]] = {
+        "datastore": {"datastore": str(store)},
+        "pearl": {"model": "none here", "sources": ["suffix", "bigram"]},
+    }
+    given = required.get(method, {})
     made = drafter(model, method, **given)
     made.start("r", text("the dog, the cat, the d"), greedy=True)
     rows = VerifiedRows(
@@ -94,6 +98,14 @@ def test_every_method_drafts_a_repetition_or_what_was_seen(
     (tree,) = made.propose(["r"])
     assert tree.tokens[0] == ord(" ")
     made.stop("r")
+
+
+def test_without_its_model_and_without_sources_nothing_is_drafted(model: Any) -> None:
+    """A draft model that has failed leaves this behind."""
+    made = drafter(model, "pearl", model="failed")
+    made.start("r", text("the dog, the cat, the d"), greedy=True)
+    made.extend("r", text("og, the"))
+    assert made.propose(["r"]) == [TokenTree.EMPTY]
 
 
 def test_what_the_user_named_is_checked_before_the_engine_starts(

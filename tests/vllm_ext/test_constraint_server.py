@@ -125,6 +125,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "prefix without prompt": {"constraint_regex": "a", "constraint_prefix": -1},
     "huge seed": {"constraint_regex": "a", "constraint_seed": 2**70},
     "method": {"constraint_regex": "a", "constraint_method": "mcmc"},
+    "Mirostat's target": {"mirostat_version": 2, "mirostat_tau": -1.0},
+    "Momentum's type": {"momentum_alpha": "much"},
 }
 
 

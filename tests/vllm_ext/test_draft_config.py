@@ -154,7 +154,7 @@ def test_rules_of_verification(target: Path, draft: Path) -> None:
 
 
 def test_a_method_that_takes_no_draft_model() -> None:
-    for name in set(METHODS) - {"dyspec", "rasd", "datastore"}:
+    for name in set(METHODS) - {"dyspec", "rasd", "pearl", "datastore"}:
         with pytest.raises(
             OptionError, match=r"no draft model \(given model='x'\); these do: dyspec"
         ):

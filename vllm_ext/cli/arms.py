@@ -22,7 +22,7 @@ DEFAULT_CONFIGS: Mapping[str, dict[str, Any]] = {
     },
     "draft_model": {"method": "draft_model", "num_speculative_tokens": 3},
 }
-_NEED_MODEL = frozenset({"draft_model"})
+_NEED_MODEL = frozenset({"draft_model", "pearl"})
 
 
 class ArmError(ValueError):

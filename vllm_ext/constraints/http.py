@@ -29,6 +29,7 @@ from vllm_ext.constraints.records import RPC, merge_replies
 
 logger = logging.getLogger("vllm.vllm_ext")
 
+_CONSTRAINT = PREFIXES[0]
 _PATHS = ("/v1/completions", "/v1/chat/completions")
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
@@ -82,7 +83,7 @@ class ConstraintField:
             return
         messages = await _read(receive)
         body = b"".join(message.get("body", b"") for message in messages)
-        request = _constrained(body)
+        request = _ours(body)
         if request is None:
             await self._app(scope, _replay(messages, receive), send)
             return
@@ -90,6 +91,9 @@ class ConstraintField:
         refusal = await _refusal(request, engine)
         if refusal is not None:
             await refusal(scope, receive, send)
+            return
+        if not _constrained(request):
+            await self._app(scope, _replay(messages, receive), send)
             return
         name = request["vllm_xargs"].get("constraint_id")
         if name is None:
@@ -105,25 +109,30 @@ def _path(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-def _constrained(body: bytes) -> dict[str, Any] | None:
-    """Return a constrained request, ``None`` for any other, about which vLLM knows better."""
-    if PREFIXES[0].encode() not in body:
+def _ours(body: bytes) -> dict[str, Any] | None:
+    """Return a request to our processors, ``None`` for any other, about which vLLM knows better."""
+    if not any(prefix.encode() in body for prefix in PREFIXES):
         return None
     try:
         request = json.loads(body)
         arguments = request["vllm_xargs"]
-        ours = any(key.startswith(PREFIXES[0]) for key in arguments)
+        ours = any(key.startswith(PREFIXES) for key in arguments)
         named = isinstance(arguments.get("constraint_id", ""), str)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return request if ours and named else None
 
 
+def _constrained(request: dict[str, Any]) -> bool:
+    """Whether a request to our processors is one for a constraint, which leaves a record."""
+    return any(key.startswith(_CONSTRAINT) for key in request["vllm_xargs"])
+
+
 async def _refusal(request: dict[str, Any], engine: Any) -> JSONResponse | None:
     """Return the answer to a request that must not reach vLLM, ``None`` for all others."""
     if request.get("use_beam_search"):
         # vLLM drops the extra arguments of a beam search without a word.
-        message = "a beam search takes no constraint; leave one of the two out"
+        message = "a beam search takes none of our processors; leave one of the two out"
         return _error(400, "BadRequestError", "use_beam_search", message)
     admission = getattr(getattr(engine, "input_processor", None), ATTRIBUTE, None)
     if admission is not None:

@@ -33,6 +33,7 @@ from vllm_ext.methods import OptionError
 from vllm_ext.worker.beside import own_context, reentrant_layers, why_not_reentrant
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, TreeRows
+from vllm_ext.worker.trace import Trace
 
 PREFIX = "draft_model"
 _ROUNDS = 3
@@ -77,6 +78,7 @@ class DraftModel:
         max_model_len: longest text that it can read.
         seconds: spent in passes so far, but for those beside the target's.
         failed: whether a pass has raised an error.
+        trace: gets a span for each pass.
     """
 
     def __init__(self, runner: Any, options: Any, *, beside: bool = False) -> None:
@@ -102,6 +104,7 @@ class DraftModel:
         self.max_model_len = int(config.max_model_len)
         self.seconds = 0.0
         self.failed = False
+        self.trace = Trace(None)
 
     def bind(self) -> None:
         """Find its part of the KV cache, once that is allocated.
@@ -201,8 +204,10 @@ class DraftModel:
         ]
         rows = torch.from_numpy(np.concatenate(wanted)).to(device)
         found = self._top(hidden[rows], width) if len(rows) else _NOTHING
+        end = time.perf_counter()
         if not beside:
-            self.seconds += time.perf_counter() - begin
+            self.seconds += end - begin
+        self.trace.span("draft", begin, end, rows=len(tokens))
         self.failed = False
         return found
 

@@ -66,7 +66,7 @@ class PearlMixin(DraftModelMixin):
         if reason is None:
             self._beside = BesideThread(self.spare_core)
             self._alone = CostModel(prior)
-            self._trace = Trace.from_environment()
+            self._trace = self._draft_model.trace = Trace.from_environment()
             where = f"beside the target, on core {self.spare_core}"
         else:
             where = f"in line ({reason})"

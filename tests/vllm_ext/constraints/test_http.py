@@ -328,6 +328,8 @@ def test_constraints_are_vetted_before_vllm_validates() -> None:
         ({"vllm_xargs": {"constraint_regx": "a"}}, "extra_args"),
         ({"vllm_xargs": {"constraint_regex": "bad"}}, "extra_args.constraint_regex"),
         ({"vllm_xargs": {"constraint_regex": "a"}, "min_p": 0.1}, "min_p"),
+        ({"vllm_xargs": {"mirostat_version": 3}}, "extra_args"),
+        ({"vllm_xargs": {"momentum_alpha": "much"}}, "extra_args"),
         ({"vllm_xargs": {"constraint_regex": "a", "constraint_seed": 1}, "n": 2}, "n"),
     ],
 )
@@ -347,6 +349,18 @@ def test_streams_are_refused_before_they_begin(body: dict[str, Any], parameter: 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, parameter)
     # Without a stream vLLM itself refuses, and knows more about parameters.
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_small_processors_leave_no_record() -> None:
+    engine = Engine()
+    admission = Mock(prepare=AsyncMock())
+    setattr(engine.input_processor, ATTRIBUTE, admission)
+    client = serve(streamed(FIRST, DONE), engine)
+    body = {"stream": True, "vllm_xargs": {"mirostat_version": 2}}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.content == FIRST + DONE
+    admission.check.assert_called_once()
+    assert json.loads(client.seen[0]) == body  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("odd", [{"n": "two"}, {"n": None}, {"temperature": None}, {"min_p": None}])

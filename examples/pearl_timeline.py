@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEARL's overlap as a picture: when the target ran, and when the draft model did.
+
+    python examples/pearl_timeline.py --model TARGET --draft DRAFT --out pearl
+
+writes OUT.png and OUT.json, which says how much of the drafting was hidden beside target steps, and
+prints it. The engine needs a core that its own threads leave free; vLLM reserves one by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PROMPT = "Explain in a few sentences why the sky is blue, and then why sunsets are red."
+
+
+def main() -> None:
+    """Trace one run and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--draft", required=True, help="a draft model with the same tokenizer")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12, help="steps in the picture")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        os.environ["VLLM_EXT_TRACE"] = str(trace)
+        text = _run(args)
+        spans = json.loads(trace.read_text().rstrip().rstrip(",") + "]")
+    result = {**_overlap(spans), **_environment(args), "text": text}
+    args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    _draw(spans, args)
+    print(json.dumps(result, indent=2))
+
+
+def _run(args: argparse.Namespace) -> str:
+    from vllm import LLM, SamplingParams
+
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    engine = LLM(
+        args.model,
+        dtype=args.dtype,
+        enforce_eager=True,
+        max_model_len=1024,
+        speculative_config={"method": "pearl", "model": args.draft},
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
+    chats: Any = [[{"role": "user", "content": PROMPT}]] * args.batch
+    engine.chat(chats, params)  # the first text measures the draft model's passes
+    outputs = engine.chat(chats, params)
+    return outputs[0].outputs[0].text
+
+
+def _overlap(spans: list[dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of each model, and of the draft model while the target ran."""
+    target = [(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == "target"]
+    draft = [(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == "draft"]
+    hidden = sum(
+        max(0.0, min(end, stop) - max(begin, start))
+        for begin, end in draft
+        for start, stop in target
+    )
+    drafting = sum(end - begin for begin, end in draft)
+    return {
+        "target_steps": len(target),
+        "target_ms": round(sum(end - begin for begin, end in target) / 1e3, 1),
+        "draft_passes": len(draft),
+        "draft_ms": round(drafting / 1e3, 1),
+        "draft_ms_beside_the_target": round(hidden / 1e3, 1),
+        "share_hidden": round(hidden / drafting, 3) if drafting else None,
+    }
+
+
+def _environment(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import vllm
+
+    return {
+        "model": Path(args.model).name,
+        "draft": Path(args.draft).name,
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _draw(spans: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    targets = [s for s in spans if s["name"] == "target"][-args.steps - 1 : -1]
+    begin = targets[0]["ts"]
+    end = targets[-1]["ts"] + targets[-1]["dur"]
+    figure, axes = plt.subplots(figsize=(10, 2.4))
+    for row, (name, colour) in enumerate((("draft", "tab:orange"), ("target", "tab:blue"))):
+        shown = [
+            ((s["ts"] - begin) / 1e3, s["dur"] / 1e3)
+            for s in spans
+            if s["name"] == name and begin <= s["ts"] < end
+        ]
+        axes.broken_barh(shown, (row - 0.35, 0.7), color=colour, edgecolor="white", linewidth=0.6)
+    axes.set_yticks([0, 1], ["draft model", "target"])
+    axes.set_xlabel("milliseconds")
+    axes.set_title(f"PEARL: {Path(args.draft).name} beside {Path(args.model).name}, {args.dtype}")
+    figure.tight_layout()
+    figure.savefig(args.out.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
