@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _run(args: argparse.Namespace) -> str:
     chats: Any = [[{"role": "user", "content": PROMPT}]] * args.batch
     engine.chat(chats, params)  # the first text measures the draft model's passes
     outputs = engine.chat(chats, params)
+    engine.llm_engine.engine_core.shutdown()
     return outputs[0].outputs[0].text
 
 
@@ -92,6 +94,7 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "vllm": vllm.__version__,
         "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
