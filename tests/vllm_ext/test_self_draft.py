@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.vllm_ext.engine import make_tiny_model
@@ -149,6 +150,17 @@ def test_weights_in_several_files(target: Path) -> None:
         torch.testing.assert_close(found, tensors[f"model.{name.format(old)}"], rtol=0, atol=0)
     for tensor, file in written.items():
         assert tensor in load_file(made / file)
+    for file in set(written.values()):
+        with safe_open(made / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # transformers wants to be told
+
+
+def test_a_second_layout_of_the_same_weights(target: Path) -> None:
+    expected = draft(target, [0])
+    save_file({"layers.0.x": torch.ones(1)}, target / "consolidated.safetensors")
+    made = draft(target, [0])
+    assert made != expected
+    assert set(weights(made)) == set(weights(expected))
 
 
 def test_tied_embeddings_stay_tied(target: Path) -> None:
