@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -36,10 +35,15 @@ def made_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("target"), num_hidden_layers=LAYERS)
 
 
+def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not by the environment: vLLM keeps things in the same place, which take long to make.
+    monkeypatch.setattr(self_draft, "cache_folder", lambda: folder)
+
+
 @pytest.fixture
 def target(made_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the target, to be changed, and a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_cache(tmp_path / "cache", monkeypatch)
     return Path(shutil.copytree(made_target, tmp_path / "target"))
 
 
@@ -174,7 +178,7 @@ def test_tied_embeddings_stay_tied(target: Path) -> None:
 def test_settings_per_layer_follow_their_layers(tmp_path: Path, monkeypatch: Any) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_cache(tmp_path / "cache", monkeypatch)
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=64,
@@ -199,7 +203,7 @@ def test_settings_per_layer_follow_their_layers(tmp_path: Path, monkeypatch: Any
 def test_another_naming_of_layers(tmp_path: Path, monkeypatch: Any) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_cache(tmp_path / "cache", monkeypatch)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=32)
     gpt = GPT2LMHeadModel(config).eval()
@@ -267,15 +271,13 @@ def test_a_killed_process_leaves_no_broken_folder(target: Path, monkeypatch: Any
     def killed(out: Path, *args: Any) -> None:
         assert in_cache() == [out.name]
         (out / "model.safetensors").write_bytes(b"half")
-        monkeypatch.setattr("vllm_ext.self_draft.shutil.rmtree", lambda *args, **options: None)
+        dying.setattr("vllm_ext.self_draft.shutil.rmtree", lambda *args, **options: None)
         raise Killed
 
-    monkeypatch.setattr(self_draft, "_write", killed)
-    with pytest.raises(Killed):
-        draft(target, [0])
-    cache = os.environ["XDG_CACHE_HOME"]
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    with monkeypatch.context() as dying:
+        dying.setattr(self_draft, "_write", killed)
+        with pytest.raises(Killed):
+            draft(target, [0])
     (left,) = in_cache()
     assert left.startswith(".making-")
     made = draft(target, [0])

@@ -26,7 +26,8 @@ IDLE = (1, 3)  # of four layers
 def draft_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")
+    patch.setattr("vllm_ext.self_draft.cache_folder", lambda: cache)
     patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.draft_worker.DraftWorker")
     yield
     patch.undo()
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_layers_that_draft(model: Path) -> None:
-    requests = prompts(7, seed=3)
+    requests = prompts(4, seed=3)
     engine = make_engine(model, None, max_num_batched_tokens=1024)
     try:
         expected = [texts(engine, requests, params(**case)) for case in (GREEDY, SEEDED)]
