@@ -113,13 +113,13 @@ class MixtureConfig(DraftWeightsConfig):
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],
         description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
-        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
+        "other packages by name; `datastore`, `past_outputs_mib` and a draft model add theirs",
     )
     verify: Literal["match", "swor", "kseq", "block"] = Field(
         default="match",
         description="how drafts of sampled requests are verified: match (named drafts against the "
         "Sampler's own draw, token by token as without speculation), or a rule that keeps more of "
-        "drafts drawn from `model` and keeps the law: swor, kseq, block",
+        "drafts drawn from a draft model and keeps the law: swor, kseq, block",
     )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE
@@ -253,9 +253,8 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="self_draft",
-            summary="dyspec with some of the target's own layers as its draft model; for targets "
-            "trained to be left early: of others, layers without training draft nothing useful, "
-            "and `vllm-ext distill` trains them",
+            summary="some of the target's own layers as the draft model of dyspec, for targets that "
+            "were trained to be left early; layers of others need training, by `vllm-ext distill`",
             paper="LayerSkip (arXiv 2404.16710), Draft & Verify (arXiv 2309.08168)",
             options=SelfDraftConfig,
         ),
