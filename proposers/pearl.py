@@ -1,234 +1,295 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEARL (arXiv 2408.11850): drafting beside verification, as a state machine of one request.
+"""PEARL (arXiv 2408.11850): drafting beside verification, as a `LevelPredictor`.
 
-While the target verifies the tokens that were scheduled, the draft model goes on from them, as if
-all were going to be accepted. A round is one target step; with x the committed text:
+While the target verifies what was scheduled, the draft model goes on behind it as if all were going
+to be accepted. With x a request's committed text, d_1 .. d_m the likeliest path of its scheduled
+tree and c_0, c_1, ... what the model proposes greedily behind x d_1 .. d_m, beside the step:
 
-* PRE: nothing is scheduled but x's last token. Beside the step the draft proposes c_1 .. c_g, and
-  the step's own token verifies c_1 before any other is verified (pre-verify). If they agree, c_2 ..
-  c_g are scheduled next, already drafted: POST. If not, the proposals are dropped: PRE.
-* POST: d_1 .. d_m are scheduled. Beside the step the draft proposes c_0 .. c_g behind them
-  (post-verify): c_0 stands for the target's own token after d_m. If d_1 .. d_m are accepted and
-  that token is c_0, then c_1 .. c_g are scheduled next: POST. Otherwise PRE.
+* c_0 stands for the target's own token, which the walk of this package emits at the end of each
+  path (the paper's rejection sampling does not, after a full acceptance). If d_1 .. d_m are
+  accepted and that token is c_0, the model's candidates after c_0, c_1, ... are the next tree's,
+  and no pass is waited for: the paper's POST state (post-verify).
+* Otherwise the proposals are dropped, and the next step verifies nothing of the model's: PRE. With
+  m = 0 the step verifies c_0 before all others (pre-verify).
 
 So the draft length adapts by itself: a run of accepted tokens of any length is one uninterrupted
-draft, and where the draft is wrong a step verifies nothing. The walk of this package emits the
-target's own token at the end of each path, which the paper's rejection sampling does not after a
-full acceptance; hence c_0. A proposal never changes what the target says, so the text is the
-target's whatever is proposed.
+draft, and where the draft is wrong a step verifies nothing. In the paper drafts are chains; here
+the candidates go to a grower, which adds siblings where they pay. A proposal never changes what the
+target says, so the text is the target's whatever is proposed.
 
-The chunk length g is the number of draft passes that fit into a target step, measured.
+A request that nothing was drafted for beside the last step is drafted in line, as without PEARL:
+at its first token, and always where `Overlap` finds that nothing is hidden beside a step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from typing import Protocol
+
+from proposers.levels import FAIR_DEBT, LevelNode, LevelPredictor
+from proposers.overlap import Overlap, chunk_length
+from proposers.source import Candidates
+from proposers.tree import ROOT, TokenTree
+
+PROBE_EVERY = 64
+"""Steps after which one runs with nothing beside it, to measure the target alone."""
 
 
-class Phase(Enum):
-    """What the running target step verifies."""
+class AssumingPredictor(LevelPredictor, Protocol):
+    """A predictor that can read behind tokens that are not committed yet."""
 
-    PRE = "pre"
-    POST = "post"
+    def assume(self, paths: Mapping[str, Sequence[int]]) -> None:
+        """Take each request's committed text to go on with a path, until `settle`."""
+
+    def settle(self, kept: Mapping[str, int]) -> None:
+        """Of each request's assumed path so many leading tokens were committed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """What to draft beside a target step.
+@dataclass(slots=True)
+class Ahead:
+    """What was drafted of one request beside a step.
 
     Attributes:
-        ticket: identifies the step; proposals for an older ticket are dropped.
-        prefix: tokens behind the committed text that the draft takes for accepted.
-        length: tokens to propose behind them.
+        path: tokens of the step's tree that are assumed to be accepted.
+        found: the model's candidates after the path, after c_0, after c_1, ...
     """
 
-    ticket: int
-    prefix: tuple[int, ...]
-    length: int
+    path: tuple[int, ...]
+    found: list[Candidates] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one request.
+    """Counts of drafting beside steps.
 
     Attributes:
-        rounds: target steps.
-        emitted: tokens of the text.
-        proposed: tokens that the draft made beside the steps.
-        kept: of these, tokens that were scheduled or verified before it.
-        longest: tokens of the longest uninterrupted draft that was accepted.
+        steps: with drafting beside them.
+        passes: of the draft model in them.
+        requests: summed over these steps.
+        hits: of them, those whose proposals were right.
     """
 
-    rounds: int = 0
-    emitted: int = 0
-    proposed: int = 0
-    kept: int = 0
-    longest: int = 0
-    _run: int = field(default=0, repr=False)
-
-    def extend_run(self, tokens: int, unbroken: bool) -> None:
-        """Count accepted draft tokens of a round; the run goes on if nothing was wrong."""
-        self._run += tokens
-        self.longest = max(self.longest, self._run)
-        if not unbroken:
-            self._run = 0
+    steps: int = 0
+    passes: int = 0
+    requests: int = 0
+    hits: int = 0
 
 
 class Pearl:
-    """The machine. Per round: `begin`, the target step beside drafting, `finish`.
+    """Answers from what was drafted beside the last step.
+
+    Per step: `plan`, then `draft` in another thread while the target runs, then `settle`, then the
+    calls of a `LevelPredictor`.
 
     Args:
-        length: g, at least 1; may be changed between rounds.
-
-    Raises:
-        ValueError: for a length below 1.
+        predictor: the draft model; nobody else may call it between `plan` and `settle`.
+        most: longest continuation, in tokens.
+        overlap: notices whether drafting is hidden; ``None`` drafts in line from the start.
 
     Attributes:
-        scheduled: the tokens that the next target step verifies.
-        tally: what happened so far.
+        overlap: as given.
+        tally: counts; whoever reads it may put a new one in its place.
     """
 
-    def __init__(self, length: int) -> None:
-        if length < 1:
-            raise ValueError(f"Pearl: length={length}; it must be at least 1")
-        self.length = length
-        self.scheduled: tuple[int, ...] = ()
+    def __init__(self, predictor: AssumingPredictor, *, most: int, overlap: Overlap | None) -> None:
+        self.overlap = overlap
         self.tally = Tally()
-        self._ticket = 0
-        self._verified: tuple[int, ...] = ()
-        self._running = False
+        self._predictor = predictor
+        self._most = most
+        self._wanted: list[str] = []  # requests that the grower asked about in the last step
+        self._ahead: dict[str, Ahead] = {}
+        self._passes = 0
+        self._pass_seconds = 0.0
+        self._since_probe = 0
+        self._settled: dict[str, Ahead | None] = {}  # None: drafted beside, and wrong
+        self._inline: set[str] = set()
+        self._places: dict[str, dict[int, int]] = {}
 
-    @property
-    def phase(self) -> Phase:
-        """What the next target step verifies."""
-        return Phase.POST if self.scheduled else Phase.PRE
+    # -- beside the step --------------------------------------------------------------------------
 
-    def begin(self, limit: int | None = None) -> Continuation:
-        """A target step starts.
+    def plan(self, trees: Mapping[str, TokenTree], seconds: float) -> bool:
+        """A step starts: decide what to draft beside it.
 
         Args:
-            limit: most tokens that the engine verifies in this step; the rest of what was scheduled
-                is dropped. `None`: all of them.
+            trees: what it verifies, by request of the batch.
+            seconds: that it takes alone, by expectation.
 
         Returns:
-            What to draft beside it.
-
-        Raises:
-            RuntimeError: if the last step was not finished.
+            Whether to call `draft`.
         """
-        if self._running:
-            raise RuntimeError("Pearl: begin() before finish() of the step that is running")
-        self._running = True
-        self._ticket += 1
-        cut = self.scheduled if limit is None else self.scheduled[:limit]
-        self._verified = cut
-        # After a drafted token the first proposal stands for the target's own one.
-        return Continuation(self._ticket, cut, self.length + (1 if cut else 0))
+        self._ahead = {}
+        if self.overlap is None:
+            return False
+        wanted = [request for request in self._wanted if request in trees]
+        if not wanted:
+            return False
+        if not self.overlap.beside:
+            self.overlap.skipped()
+            return False
+        self._since_probe += 1
+        if self._since_probe > PROBE_EVERY:
+            self._since_probe = 0
+            return False
+        each = self._pass_seconds or self._predictor.seconds(len(wanted))
+        # With one pass only c_0 would be known, and nothing could be scheduled.
+        self._passes = max(2, chunk_length(seconds, each, self._most))
+        self._ahead = {request: Ahead(main_path(trees[request])) for request in wanted}
+        self._predictor.assume({request: ahead.path for request, ahead in self._ahead.items()})
+        return True
 
-    def finish(self, emitted: Sequence[int], proposal: Continuation, tokens: Sequence[int]) -> None:
-        """The target step has ended.
+    def draft(self, stopped: Callable[[], bool]) -> float:
+        """Continue every planned request, greedily.
 
         Args:
-            emitted: what it added to the text: the accepted tokens and one of the target's own.
-            proposal: what `begin` asked for.
-            tokens: what the draft made of it, possibly less than was asked for or nothing.
+            stopped: asked before each pass but the first two; true once the target has ended.
 
-        Raises:
-            RuntimeError: if no step is running.
-            ValueError: if `emitted` cannot come from verifying what was scheduled.
+        Returns:
+            Seconds that the passes would take alone.
         """
-        if not self._running:
-            raise RuntimeError("Pearl: finish() without begin()")
-        verified = self._verified
-        if not 1 <= len(emitted) <= len(verified) + 1 or tuple(emitted[:-1]) != tuple(
-            verified[: len(emitted) - 1]
-        ):
-            raise ValueError(
-                f"Pearl: emitted {list(emitted)} after scheduling {list(verified)}; it must be a "
-                "prefix of that and one more token"
-            )
-        self._running = False
-        self.scheduled = ()
-        tally = self.tally
-        tally.rounds += 1
-        tally.emitted += len(emitted)
-        current = proposal.ticket == self._ticket
-        tally.proposed += len(tokens)
-        accepted = len(emitted) - 1
-        agrees = current and accepted == len(verified) and bool(tokens) and tokens[0] == emitted[-1]
-        if agrees:
-            self.scheduled = tuple(tokens[1:])
-            tally.kept += len(tokens)
-        tally.extend_run(accepted + agrees, agrees)
+        begin = time.perf_counter()
+        debt = sum(self._predictor.debt(request) for request in self._ahead)
+        roots = self._predictor.begin(list(self._ahead))
+        for request, found in roots.items():
+            if found:
+                self._ahead[request].found.append(found)
+        alone = self._predictor.seconds(max(debt, len(roots)))
+        passes = 1
+        while passes < self._passes and not (passes > 1 and stopped()):
+            level = [
+                LevelNode(
+                    request,
+                    node=passes - 1,
+                    parent=passes - 2 if passes > 1 else ROOT,
+                    token=likeliest(ahead.found[-1]),
+                )
+                for request, ahead in self._ahead.items()
+                if len(ahead.found) == passes and self._predictor.room(request) > 0
+            ]
+            if not level:
+                break
+            for node, found in zip(level, self._predictor.predict(level), strict=True):
+                if found:
+                    self._ahead[node.request].found.append(found)
+            alone += self._predictor.seconds(len(level))
+            passes += 1
+        each = (time.perf_counter() - begin) / passes
+        self._pass_seconds += (each - self._pass_seconds) / (8.0 if self._pass_seconds else 1.0)
+        self.tally.steps += 1
+        self.tally.passes += passes
+        return alone
 
-    def abandon(self) -> None:
-        """The request was preempted, or its text changed: whatever is under way is dropped."""
-        self._ticket += 1
-        self._running = False
-        self._verified = ()
-        self.scheduled = ()
+    def settle(self, emitted: Mapping[str, Sequence[int]]) -> None:
+        """The step has ended.
 
-
-def chunk_length(target_seconds: float, draft_seconds: float, most: int) -> int:
-    """How many draft passes fit beside a target step: the paper's speed ratio, at least 1.
-
-    Args:
-        target_seconds: of a step.
-        draft_seconds: of a pass over one token, both while the other runs beside it.
-        most: upper bound.
-
-    Raises:
-        ValueError: if a time is not positive or `most` is below 1.
-    """
-    if not (target_seconds > 0.0 and draft_seconds > 0.0) or most < 1:
-        raise ValueError(
-            f"chunk_length: target_seconds={target_seconds}, draft_seconds={draft_seconds}, "
-            f"most={most}; times must be positive and most at least 1"
-        )
-    return min(most, max(1, math.floor(target_seconds / draft_seconds)))
-
-
-class Overlap:
-    """Notices whether drafting beside the target really runs beside it.
-
-    With a core too few the two share it, and a step with drafting beside it takes as long as both
-    in turn. Of the times t of a step alone, d of drafting alone and b of both together, the share
-    of the shorter one that is hidden is
-
-        (t + d - b) / min(t, d)
-
-    which is 1 for perfect overlap and 0 for none. Drafting stays beside the step while the running
-    mean is at least `WORTH`, and is tried again from time to time.
-    """
-
-    WORTH = 0.25
-    _MEMORY = 8.0
-    _RETRY = 256
-
-    def __init__(self) -> None:
-        self.hidden = 1.0
-        self._waited = 0
-
-    @property
-    def beside(self) -> bool:
-        """Whether to draft beside the next step (otherwise in line, after it)."""
-        return self.hidden >= self.WORTH or self._waited >= self._RETRY
-
-    def record(self, together: float, target_alone: float, draft_alone: float) -> None:
-        """A step with drafting beside it took `together` seconds.
-
-        Values that cannot be measurements (not positive, not finite) are ignored.
+        Args:
+            emitted: by request, what it added to the text: the accepted path and a token of the
+                target's own; requests that are not named have lost their text.
         """
-        times = (together, target_alone, draft_alone)
-        if not all(t > 0.0 and math.isfinite(t) for t in times):
-            return
-        self._waited = 0
-        share = (target_alone + draft_alone - together) / min(target_alone, draft_alone)
-        self.hidden += (min(max(share, 0.0), 1.0) - self.hidden) / self._MEMORY
+        self._wanted = []
+        self._settled = {}
+        kept = {}
+        for request, ahead in self._ahead.items():
+            tokens = list(emitted.get(request, ()))
+            same = _agreement(ahead.path, tokens)
+            kept[request] = same
+            guess = [likeliest(found) for found in ahead.found[:1]]
+            hit = same == len(ahead.path) and bool(guess) and tokens[same:] == guess
+            self._settled[request] = ahead if hit else None
+            self.tally.requests += 1
+            self.tally.hits += hit
+        self._ahead = {}
+        if kept:
+            self._predictor.settle(kept)
 
-    def skipped(self) -> None:
-        """A step was drafted in line."""
-        self._waited += 1
+    def forget(self, request: str) -> None:
+        """The request has ended or lost its blocks."""
+        self._ahead.pop(request, None)
+        self._settled.pop(request, None)
+        self._places.pop(request, None)
+
+    # -- LevelPredictor ---------------------------------------------------------------------------
+
+    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+        """See `LevelPredictor.begin`; requests whose proposals were wrong are left out."""
+        self._wanted = list(requests)
+        self._inline = {request for request in requests if self._in_line(request)}
+        answers = {}
+        self._places = {}
+        for request in requests:
+            ahead = self._settled.get(request)
+            if request not in self._inline and ahead is not None and len(ahead.found) > 1:
+                answers[request] = ahead.found[1]
+                self._places[request] = {ROOT: 0}
+        if self._inline:
+            answers.update(self._predictor.begin([r for r in requests if r in self._inline]))
+        return answers
+
+    def debt(self, request: str) -> int:
+        """See `LevelPredictor.debt`."""
+        return self._predictor.debt(request) if self._in_line(request) else 0
+
+    def room(self, request: str) -> int:
+        """See `LevelPredictor.room`."""
+        if request in self._inline:
+            return self._predictor.room(request)
+        ahead = self._settled.get(request)
+        return 0 if ahead is None else len(ahead.found) - 1 - len(self._places.get(request, ()))
+
+    def predict(self, nodes: Sequence[LevelNode]) -> list[Candidates]:
+        """See `LevelPredictor.predict`; only nodes on c_1, c_2, ... have candidates."""
+        answers: list[Candidates] = [{}] * len(nodes)
+        inline = [i for i, node in enumerate(nodes) if node.request in self._inline]
+        if inline:
+            found = self._predictor.predict([nodes[i] for i in inline])
+            for i, candidates in zip(inline, found, strict=True):
+                answers[i] = candidates
+        for i, node in enumerate(nodes):
+            ahead, places = self._settled.get(node.request), self._places.get(node.request)
+            if node.request in self._inline or ahead is None or places is None:
+                continue
+            place = places.get(node.parent)
+            if place is None or node.token != likeliest(ahead.found[place + 1]):
+                continue
+            if place + 2 < len(ahead.found):
+                places[node.node] = place + 1
+                answers[i] = ahead.found[place + 2]
+        return answers
+
+    def seconds(self, rows: int) -> float:
+        """See `LevelPredictor.seconds`: nothing where all was drafted beside the step."""
+        return self._predictor.seconds(rows) if self._inline else 0.0
+
+    def _in_line(self, request: str) -> bool:
+        """Whether a request is drafted after the step: nothing was beside it, or it is far behind.
+
+        A prompt is read once for a whole answer, and a long one would never end beside a step.
+        """
+        if request not in self._settled:
+            return True
+        return self._settled[request] is None and self._predictor.debt(request) > FAIR_DEBT
+
+
+def main_path(tree: TokenTree) -> tuple[int, ...]:
+    """Tokens of the path that takes the likeliest child at every node; the first of equals."""
+    best: dict[int, int] = {}
+    for node, parent in enumerate(tree.parents):
+        if parent not in best or tree.probs[node] > tree.probs[best[parent]]:
+            best[parent] = node
+    path = []
+    at = ROOT
+    while at in best:
+        at = best[at]
+        path.append(tree.tokens[at])
+    return tuple(path)
+
+
+def likeliest(found: Candidates) -> int:
+    """The most probable candidate, the smaller token of equals."""
+    return max(found, key=lambda token: (found[token], -token))
+
+
+def _agreement(path: Sequence[int], tokens: Sequence[int]) -> int:
+    pairs = zip(path, tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(path), len(tokens)))

@@ -37,6 +37,7 @@ from vllm_ext.methods import (
     AdedConfig,
     DySpecConfig,
     OptionError,
+    PearlConfig,
     RasdConfig,
     TokenRecyclingConfig,
     TreeConfig,
@@ -182,7 +183,7 @@ def _grower(
             else Layerwise(predictor, sources, limits, free=not options.adaptive)
         )
         return Rasd(draft, DySpec(retrieval, limits), limits, top_k=options.top_k)
-    if isinstance(options, DySpecConfig):
+    if isinstance(options, DySpecConfig | PearlConfig):
         mixed = [*files, *_sources(options.sources, resources)]
         if predictor is not None:
             return Layerwise(predictor, mixed, limits, free=not options.adaptive)

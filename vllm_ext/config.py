@@ -16,7 +16,14 @@ from typing import Any
 from vllm_ext import self_draft
 from vllm_ext.build import check_resources
 from vllm_ext.draft_config import check_draft
-from vllm_ext.methods import METHODS, OptionError, SelfDraftConfig, TreeConfig, parse_options
+from vllm_ext.methods import (
+    METHODS,
+    OptionError,
+    PearlConfig,
+    SelfDraftConfig,
+    TreeConfig,
+    parse_options,
+)
 
 CONFIG_KEY = "vllm_ext"
 """Key of ``VllmConfig.additional_config`` under which the method and its options travel."""
@@ -74,7 +81,11 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     }
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
-        CONFIG_KEY: {"method": runs, "options": options.model_dump()},
+        CONFIG_KEY: {
+            "method": runs,
+            "options": options.model_dump(),
+            **({"cores": _cores()} if isinstance(options, PearlConfig) else {}),
+        },
     }
     parallel_config.worker_cls = _worker_class(parallel_config)
 
@@ -84,6 +95,15 @@ def read_options(vllm_config: Any) -> tuple[str, TreeConfig]:
     carried = vllm_config.additional_config[CONFIG_KEY]
     method = METHODS[carried["method"]]
     return method.name, parse_options(method, carried["options"])
+
+
+def read_cores(vllm_config: Any) -> set[int]:
+    """The cores that the engine's front end was allowed to use, where a method asks (worker)."""
+    return set(vllm_config.additional_config[CONFIG_KEY].get("cores", ()))
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def draft_slots(vllm_config: Any) -> int:

@@ -280,6 +280,39 @@ DRAFT = (
 )
 """Touched where a draft model is used."""
 
+PEARL = (
+    Hook(
+        "forward",
+        f"{_RUNNER}._model_forward",
+        ("self", "input_ids", "positions"),
+        "the draft model runs beside it, in another thread",
+        "vLLM lets a proposer run beside the target",
+    ),
+    Hook(
+        "forward-context",
+        "vllm.forward_context:override_forward_context",
+        ("forward_context",),
+        "while two threads run models each needs its own context, and vLLM has one for all",
+        "the forward context belongs to a thread",
+    ),
+    Hook(
+        "forward-context-made",
+        "vllm.forward_context:create_forward_context",
+        ("attn_metadata", "vllm_config", "slot_mapping", "skip_compiled"),
+        "makes the context of the drafting thread",
+        "stays: it is called, not changed",
+    ),
+    Hook(
+        "linear-kernels",
+        "vllm._custom_ops:_supports_onednn",
+        None,
+        "unset while the draft model is loaded, for vLLM's oneDNN kernels share one scratchpad per "
+        "process and cannot run in two threads",
+        "vLLM's CPU kernels are reentrant",
+    ),
+)
+"""Touched where a draft model runs beside the target."""
+
 CPU = (
     Hook(
         "worker-cpu",
@@ -404,7 +437,7 @@ CONSTRAINTS = (
     ),
 )
 
-ALL = FRONTEND + WORKER + DRAFT + CPU + CUDA + CONSTRAINTS
+ALL = FRONTEND + WORKER + DRAFT + PEARL + CPU + CUDA + CONSTRAINTS
 
 
 def resolve(target: str) -> Any:

@@ -179,6 +179,24 @@ class AdedConfig(TreeConfig):
     datastore: str | None = _DATASTORE
 
 
+class PearlConfig(DraftModelConfig):
+    """Options of ``{"method": "pearl"}``."""
+
+    model: str = Field(
+        min_length=1,
+        description="draft model with the target's tokenizer, a folder or a name in the Hugging "
+        "Face cache; it runs beside the target",
+    )
+    max_depth: int = _depth(16)
+    min_probability: float = _MIN_PROBABILITY
+    sources: list[str] = Field(
+        default=[],
+        description="what is mixed with the model, by name as in dyspec's `sources`; the paper: "
+        "nothing",
+    )
+    prime: str = _PRIME
+
+
 class RasdConfig(DraftModelConfig):
     """Options of ``{"method": "rasd"}``."""
 
@@ -253,8 +271,9 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="self_draft",
-            summary="some of the target's own layers as the draft model of dyspec, for targets that "
-            "were trained to be left early; layers of others need training, by `vllm-ext distill`",
+            summary="some of the target's own layers as the draft model of dyspec, for targets "
+            "that were trained to be left early; layers of others need training, by `vllm-ext "
+            "distill`",
             paper="LayerSkip (arXiv 2404.16710), Draft & Verify (arXiv 2309.08168)",
             options=SelfDraftConfig,
         ),
@@ -269,6 +288,13 @@ METHODS: dict[str, Method] = {
             summary="Monte-Carlo tree search over a store of token triples that adapts to the text",
             paper="ADED (arXiv 2407.12021)",
             options=AdedConfig,
+        ),
+        Method(
+            name="pearl",
+            summary="a draft model that runs beside the target on a core of its own and goes on "
+            "from what is being verified, so that drafts cost no time",
+            paper="PEARL (arXiv 2408.11850)",
+            options=PearlConfig,
         ),
         Method(
             name="rasd",

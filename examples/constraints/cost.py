@@ -3,9 +3,11 @@
 
 Three engines stand side by side: one as installed, and two for which the entry point of our logits
 processor is hidden. They take turns on the same prompts; the two equal ones are the control, which
-shows how far apart engines measure for no reason. On the first, constrained requests take turns
-with plain ones. A token is timed by the wall clock of a whole batch over its steps, so
-scheduling, tokenization of the answer and Python are in it.
+shows how far apart engines measure for no reason. That is more than an idle processor costs, so
+within the first engine, too, the processor is taken out and put back in turns, with turns in which
+nothing changes as the control. There, constrained requests take turns with plain ones. A token is
+timed by the wall clock of a whole batch over its steps, so scheduling, tokenization of the answer
+and Python are in it.
 
 ::
 
@@ -47,6 +49,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+_WITHIN = 4  # times as many rounds, for a smaller difference
+
+
 class Letters:
     """The language of ``LETTERS`` as a Python predicate."""
 
@@ -72,17 +77,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to our own worker
     with _offered() as folder:
         full = _engine(args, hidden=None)
         bare, control = _engine(args, hidden=folder), _engine(args, hidden=folder)
         idle = [_idle(bare, full, control, batch, args) for batch in args.batch]
+        within = [_within(full, batch, args) for batch in args.batch]
         costs = [
             _cost(full, name, keys, batch, args)
             for batch in args.batch
             for name, keys in CASES.items()
         ]
     environment = suite.environment(args.model, args.dtype)
-    result = {"environment": environment, "rounds": args.rounds, "idle": idle, "costs": costs}
+    result = {
+        "environment": environment,
+        "rounds": args.rounds,
+        "idle": idle,
+        "within": within,
+        "costs": costs,
+    }
     suite.write_report(args.out, result, "Cost of constraints", _text(result, args))
 
 
@@ -187,6 +200,31 @@ def _idle(
     }
 
 
+def _within(engine: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    def measure(present: bool) -> float:
+        engine.collective_rpc(_put_processor, args=(present,))
+        return _timed(engine, batch, None, args)
+
+    measures = [partial(measure, present) for present in (False, True, True)]
+    without, having, again = _alternate(measures, _WITHIN * args.rounds)
+    engine.collective_rpc(_put_processor, args=(True,))
+    return {"batch": batch, **_compare(without, having), "control": _compare(having, again)}
+
+
+def _put_processor(worker: Any, present: bool) -> None:
+    """Take our processor out of a worker's list, or put it back."""
+    from logits_processors.vllm_v1 import V1Processor
+
+    runner = worker.model_runner
+    processors = runner.input_batch.logitsprocs.non_argmax_invariant
+    ours = [p for p in processors if isinstance(p, V1Processor)]
+    if present and not ours:
+        processors.append(runner.ours_taken_out)
+    elif not present and ours:
+        (runner.ours_taken_out,) = ours
+        processors.remove(runner.ours_taken_out)
+
+
 def _cost(
     engine: Any, name: str, keys: dict[str, Any], batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -227,6 +265,25 @@ def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
             for r in result["idle"]
         ],
     )
+    within = suite.markdown_table(
+        [
+            "batch",
+            "step with it taken out, ms",
+            "step with it idle, ms",
+            "ratio (mean, 95%)",
+            "control: idle against idle, ratio",
+        ],
+        [
+            [
+                r["batch"],
+                f"{r['base_ms']:.2f}",
+                f"{r['ms']:.2f}",
+                suite.show_mean(r["ratio"], 3),
+                suite.show_mean(r["control"]["ratio"], 3),
+            ]
+            for r in result["within"]
+        ],
+    )
     costs = suite.markdown_table(
         ["case", "batch", "plain step, ms", "constrained step, ms", "extra ms per step", "ratio"],
         [
@@ -244,7 +301,9 @@ def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
     return (
         f"{args.rounds} rounds in turns, {args.max_tokens} tokens per text, all rows of the batch "
         "constrained; medians of steps, means of paired ratios with 95% bootstrap intervals.\n\n"
-        f"## The processor, not used\n\n{idle}\n## Constrained requests\n\n{costs}"
+        f"## The processor, not used\n\nThree engines:\n\n{idle}\n"
+        f"One engine, {_WITHIN * args.rounds} rounds:\n\n{within}\n"
+        f"## Constrained requests\n\n{costs}"
     )
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEARL's state machine against a simulation that is written from the paper's rounds."""
+"""PEARL against a simulation that is written from the paper's rounds."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proposers.pearl import Overlap, Pearl, Phase, chunk_length
+from proposers.levels import LevelNode
+from proposers.overlap import Overlap
+from proposers.pearl import PROBE_EVERY, Pearl, Tally, likeliest, main_path
+from proposers.source import Candidates
+from proposers.tree import ROOT, TokenTree
 
 VOCAB = 3
 
@@ -26,27 +30,124 @@ class Draft:
     def __init__(self, wrong: float, seed: int = 0) -> None:
         self.wrong, self.seed = wrong, seed
 
-    def __call__(self, text: Sequence[int], length: int) -> list[int]:
+    def next(self, text: Sequence[int]) -> int:
+        chance = random.Random(f"{self.seed}:{len(text)}:{list(text[-9:])}").random()
+        return (target(text) + (chance < self.wrong)) % VOCAB
+
+    def chain(self, text: Sequence[int], length: int) -> list[int]:
         grown = list(text)
         for _ in range(length):
-            chance = random.Random(f"{self.seed}:{grown}").random()
-            grown.append((target(grown) + (chance < self.wrong)) % VOCAB)
+            grown.append(self.next(grown))
         return grown[len(text) :]
 
 
-def play(draft: Draft, length: int, rounds: int, *, late: float = 0.0) -> tuple[Pearl, list[int]]:
-    """Rounds of target step and draft; `late`: share of rounds in which a part is not ready."""
-    machine, text = Pearl(length), [0]
-    dice = random.Random(1)
-    for _ in range(rounds):
-        asked = machine.begin()
-        proposal = draft([*text, *asked.prefix], asked.length)
-        if dice.random() < late:
-            proposal = proposal[: dice.randint(0, len(proposal))]
-        emitted = walk(text, asked.prefix)
-        machine.finish(emitted, asked, proposal)
-        text += emitted
-    return machine, text[1:]
+class Model:
+    """An `AssumingPredictor` over the texts of an engine."""
+
+    def __init__(self, draft: Draft, texts: dict[str, list[int]]) -> None:
+        self.draft, self.texts = draft, texts
+        self.read = dict.fromkeys(texts, 0)
+        self.assumed: dict[str, list[int]] = {}
+        self.kept: dict[str, int] = {}
+        self.nodes: dict[tuple[str, int], list[int]] = {}
+        self.passes = 0
+        self.slots = 99
+
+    def assume(self, paths: Mapping[str, Sequence[int]]) -> None:
+        self.assumed = {request: list(path) for request, path in paths.items()}
+
+    def settle(self, kept: Mapping[str, int]) -> None:
+        self.assumed = {}
+        self.kept = dict(kept)
+
+    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+        self.passes += 1
+        self.nodes = {}
+        for request in requests:
+            text = self.texts[request] + self.assumed.get(request, [])
+            self.nodes[request, ROOT] = text
+            self.read[request] = len(text)
+        return {request: self._found(self.nodes[request, ROOT]) for request in requests}
+
+    def predict(self, nodes: Sequence[LevelNode]) -> list[Candidates]:
+        self.passes += 1
+        for node in nodes:
+            before = self.nodes[node.request, node.parent]
+            self.nodes[node.request, node.node] = [*before, node.token]
+        return [self._found(self.nodes[node.request, node.node]) for node in nodes]
+
+    def _found(self, text: Sequence[int]) -> Candidates:
+        token = self.draft.next(text)
+        return {token: 0.75, (token + 1) % VOCAB: 0.25}
+
+    def debt(self, request: str) -> int:
+        return max(0, len(self.texts[request]) - self.read[request])
+
+    def room(self, request: str) -> int:
+        used = sum(name == request for name, _ in self.nodes) - 1
+        return self.slots - used
+
+    def seconds(self, rows: int) -> float:
+        return 1.0
+
+
+class Engine:
+    """Steps of a target over texts, with chains from `Pearl`."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        length: int,
+        *,
+        requests: Sequence[str] = ("a",),
+        overlap: Overlap | None = None,
+        inline: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
+        limit: int = 99,
+    ) -> None:
+        self.texts: dict[str, list[int]] = {
+            request: [i % VOCAB] for i, request in enumerate(requests)
+        }
+        self.model = Model(draft, self.texts)
+        chosen = None if inline else overlap or Overlap()
+        self.pearl = Pearl(self.model, most=length, overlap=chosen)
+        self.stopped = stopped
+        self.limit = limit
+        self.trees = dict.fromkeys(requests, TokenTree.EMPTY)
+        self.sizes: dict[str, list[int]] = {request: [] for request in requests}
+        self.scheduled: list[int] = []
+        self.beside: list[bool] = []
+        self.pearl.begin(list(requests))  # the last step of the prompts
+        self.model.passes = 0
+
+    def step(self) -> None:
+        planned = self.pearl.plan(self.trees, 1e9)
+        self.beside.append(planned)
+        if planned:
+            self.pearl.draft(self.stopped)
+        emitted = {}
+        for request, tree in self.trees.items():
+            emitted[request] = walk(self.texts[request], tree.tokens)
+            self.scheduled.append(len(tree))
+            self.sizes[request].append(len(emitted[request]))
+        for request, tokens in emitted.items():
+            self.texts[request] += tokens
+        self.pearl.settle(emitted)
+        self.trees = dict.fromkeys(self.texts, TokenTree.EMPTY)
+        roots = self.pearl.begin(list(self.texts))
+        for request, found in roots.items():
+            self.trees[request] = self._chain(request, found)
+
+    def _chain(self, request: str, found: Candidates) -> TokenTree:
+        tokens: list[int] = []
+        while found and len(tokens) < self.limit:
+            tokens.append(likeliest(found))
+            if self.pearl.room(request) <= 0:
+                break
+            at = len(tokens) - 1
+            node = LevelNode(request, at, at - 1 if at else ROOT, tokens[-1])
+            (found,) = self.pearl.predict([node])
+        return TokenTree.chain(tokens, [0.9 ** (i + 1) for i in range(len(tokens))])
 
 
 def walk(text: Sequence[int], scheduled: Sequence[int]) -> list[int]:
@@ -61,14 +162,14 @@ def walk(text: Sequence[int], scheduled: Sequence[int]) -> list[int]:
 
 
 def reference(draft: Draft, length: int, rounds: int) -> list[int]:
-    """Tokens of each round, from the paper's two phases and without a machine.
+    """Tokens of each round, from the paper's two phases and without a predictor.
 
     One uninterrupted draft runs ahead of the text; a round verifies what the draft had made when it
     began, plus one token of the target's own.
     """
     text, ahead, sizes = [0], 0, []
     for _ in range(rounds):
-        made = draft(text, ahead + length + (ahead > 0))
+        made = draft.chain(text, ahead + length)
         size = 0
         for token in made[: ahead + 1]:
             own = target(text)
@@ -83,151 +184,191 @@ def reference(draft: Draft, length: int, rounds: int) -> list[int]:
     return sizes
 
 
-def test_the_text_is_the_targets_whatever_is_proposed() -> None:
-    for wrong in (0.0, 0.2, 0.6, 1.0):
-        _, text = play(Draft(wrong), 4, 40, late=0.3)
-        expected = [0]
-        while len(expected) <= len(text):
-            expected.append(target(expected))
-        assert text == expected[1:]
-
-
-@given(st.integers(1, 7), st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]), st.integers(0, 99))
+@given(st.integers(2, 7), st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]), st.integers(0, 99))
 def test_rounds_are_those_of_the_paper(length: int, wrong: float, seed: int) -> None:
     draft, rounds = Draft(wrong, seed), 25
-    machine, text = play(draft, length, rounds)
-    expected = reference(draft, length, rounds)
-    assert machine.tally.emitted == len(text) == sum(expected)
-    # Round by round as well.
-    again, at = Pearl(length), [0]
-    sizes = []
+    engine = Engine(draft, length)
     for _ in range(rounds):
-        asked = again.begin()
-        emitted = walk(at, asked.prefix)
-        again.finish(emitted, asked, draft([*at, *asked.prefix], asked.length))
-        at += emitted
-        sizes.append(len(emitted))
-    assert sizes == expected
+        engine.step()
+    assert engine.sizes["a"] == reference(draft, length, rounds)
+    expected = [0]
+    while len(expected) < len(engine.texts["a"]):
+        expected.append(target(expected))
+    assert engine.texts["a"] == expected
+
+
+class _Credulous(Pearl):
+    """Takes every proposal for confirmed."""
+
+    def settle(self, emitted: Mapping[str, Sequence[int]]) -> None:
+        ahead = dict(self._ahead)
+        super().settle(emitted)
+        self._settled.update(ahead)
+
+
+def test_a_proposal_for_another_text_would_show() -> None:
+    draft = Draft(0.3)
+    engine = Engine(draft, 4)
+    engine.pearl = _Credulous(engine.model, most=4, overlap=Overlap())
+    engine.pearl.begin(["a"])
+    for _ in range(40):
+        engine.step()
+    assert engine.sizes["a"] != reference(draft, 4, 40)
 
 
 def test_a_draft_that_is_always_right_never_leaves_post_verification() -> None:
-    machine, text = play(Draft(0.0), 4, 50)
-    # The first round verifies c_1 alone and schedules three; each later one yields g more.
-    assert machine.phase is Phase.POST
-    assert len(text) == 1 + 4 + 48 * 5
-    assert machine.tally.longest == len(text)
-    assert machine.tally.kept == machine.tally.proposed
+    engine = Engine(Draft(0.0), 4)
+    for _ in range(50):
+        engine.step()
+    # The first round verifies c_0 alone; each later one g - 1 tokens, and adds one of its own.
+    assert engine.sizes["a"] == [1] + [4] * 49
+    assert engine.pearl.tally == Tally(steps=50, passes=200, requests=50, hits=50)
+    assert engine.model.passes == 200  # none was waited for
 
 
 def test_a_draft_that_is_always_wrong_costs_no_verification() -> None:
-    machine = Pearl(4)
-    text = [0]
+    engine = Engine(Draft(1.0), 4)
     for _ in range(30):
-        asked = machine.begin()
-        assert asked.prefix == ()
-        assert asked.length == 4
-        emitted = walk(text, asked.prefix)
-        machine.finish(emitted, asked, Draft(1.0)([*text, *asked.prefix], asked.length))
-        text += emitted
-        assert machine.phase is Phase.PRE
-    assert machine.tally.emitted == 30
-    assert machine.tally.kept == 0
+        engine.step()
+    assert sum(engine.scheduled) == 0
+    assert engine.pearl.tally.hits == 0
 
 
-def test_the_draft_length_adapts() -> None:
-    easy, _ = play(Draft(0.02), 3, 200)
-    hard, _ = play(Draft(0.5), 3, 200)
-    assert easy.tally.longest > 4 * 3 > hard.tally.longest
-    assert easy.tally.emitted / 200 > 2.0 > hard.tally.emitted / 200
+def test_requests_of_a_batch_do_not_disturb_each_other() -> None:
+    names = ("a", "b", "c")
+    together = Engine(Draft(0.3, seed=5), 4, requests=names)
+    for _ in range(40):
+        together.step()
+    for i, name in enumerate(names):
+        alone = Engine(Draft(0.3, seed=5), 4, requests=[name])
+        alone.texts[name][:] = [i]
+        for _ in range(40):
+            alone.step()
+        assert alone.sizes[name] == together.sizes[name]
 
 
-def test_a_draft_that_is_not_ready_is_a_short_one() -> None:
-    machine = Pearl(4)
-    asked = machine.begin()
-    machine.finish([1], asked, [])
-    assert machine.phase is Phase.PRE
-    asked = machine.begin()
-    machine.finish([1], asked, [1])  # right, and nothing behind it
-    assert machine.phase is Phase.PRE
-    asked = machine.begin()
-    machine.finish([1], asked, [1, 2])
-    assert machine.scheduled == (2,)
+def test_once_the_target_has_ended_no_pass_is_begun() -> None:
+    engine = Engine(Draft(0.0), 9, stopped=lambda: True)
+    for _ in range(20):
+        engine.step()
+    # Two passes are always made: one alone would only guess the target's own token.
+    assert engine.pearl.tally.passes == 40
+    assert engine.sizes["a"] == [1] + [2] * 19
 
 
-def test_the_engine_may_verify_less_than_was_scheduled() -> None:
-    machine = Pearl(4)
-    asked = machine.begin()
-    machine.finish([1], asked, [1, 2, 0, 1])
-    asked = machine.begin(limit=1)
-    assert asked.prefix == (2,)
-    machine.finish([2, 0], asked, [0, 1, 1])
-    assert machine.scheduled == (1, 1)
-    asked = machine.begin(limit=0)
-    assert (asked.prefix, asked.length) == ((), 4)
+def test_where_no_slots_are_left_the_draft_ends() -> None:
+    engine = Engine(Draft(0.0), 9)
+    engine.model.slots = 3
+    for _ in range(10):
+        engine.step()
+    assert engine.sizes["a"] == [1] + [4] * 9
 
 
-def test_abandoned_work_is_dropped() -> None:
-    machine = Pearl(3)
-    stale = machine.begin()
-    machine.abandon()
-    assert machine.phase is Phase.PRE
-    machine.begin()
-    machine.finish([1], stale, [1, 2, 2])  # proposals for another text
-    assert machine.scheduled == ()
+def test_the_engine_may_verify_less_than_was_drafted() -> None:
+    engine = Engine(Draft(0.0), 6, limit=2)
+    for _ in range(10):
+        engine.step()
+    assert engine.sizes["a"] == [1] + [3] * 9
+    # The path that the model went on from is the one that was verified.
+    assert engine.model.kept == {"a": 2}
 
 
-def test_misuse_is_refused() -> None:
-    with pytest.raises(ValueError, match="length=0"):
-        Pearl(0)
-    machine = Pearl(2)
-    asked = machine.begin()
-    with pytest.raises(RuntimeError, match="begin"):
-        machine.begin()
-    with pytest.raises(ValueError, match="emitted"):
-        machine.finish([1, 2], asked, [])
-    with pytest.raises(ValueError, match="emitted"):
-        machine.finish([], asked, [])
-    machine.finish([1], asked, [1, 2])
-    with pytest.raises(RuntimeError, match="without begin"):
-        machine.finish([1], asked, [])
-    asked = machine.begin()
-    with pytest.raises(ValueError, match=r"emitted \[0, 1\] after scheduling \[2\]"):
-        machine.finish([0, 1], asked, [])
+def test_a_request_that_lost_its_blocks_is_drafted_in_line() -> None:
+    engine = Engine(Draft(0.0), 4, requests=("a", "b"))
+    for _ in range(5):
+        engine.step()
+    passes = engine.model.passes
+    engine.pearl.plan(engine.trees, 1e9)
+    engine.pearl.draft(lambda: False)
+    engine.pearl.forget("a")
+    engine.pearl.settle({"b": walk(engine.texts["b"], engine.trees["b"].tokens)})
+    assert engine.pearl.seconds(1) == 0.0
+    found = engine.pearl.begin(["a", "b"])
+    assert set(found) == {"a", "b"}
+    assert engine.model.passes == passes + 4 + 1
+    assert engine.pearl.seconds(1) == 1.0  # a pass is waited for
 
 
-def test_chunk_length_is_the_speed_ratio() -> None:
-    assert chunk_length(0.034, 0.010, 16) == 3
-    assert chunk_length(0.034, 0.050, 16) == 1
-    assert chunk_length(1.0, 0.001, 16) == 16
-    for bad in ((0.0, 1.0, 1), (1.0, -1.0, 1), (1.0, 1.0, 0)):
-        with pytest.raises(ValueError, match="chunk_length"):
-            chunk_length(*bad)
+def test_a_request_far_behind_is_read_in_line() -> None:
+    engine = Engine(Draft(1.0), 4)
+    engine.step()
+    assert engine.pearl.begin(["a"]) == {}
+    engine.texts["a"] += [0] * 40
+    assert engine.pearl.debt("a") > 40
+    assert set(engine.pearl.begin(["a"])) == {"a"}
 
 
-def test_overlap_is_noticed_and_its_lack_too() -> None:
+def test_requests_that_want_no_draft_are_left_alone() -> None:
+    engine = Engine(Draft(0.0), 4)
+    engine.step()
+    engine.pearl.settle({})
+    engine.pearl.begin([])
+    assert not engine.pearl.plan(engine.trees, 1e9)
+    engine.pearl.begin(["a"])
+    assert not engine.pearl.plan({"other": TokenTree.EMPTY}, 1e9)
+
+
+def test_in_line_it_is_the_model_itself() -> None:
+    engine = Engine(Draft(0.0), 4, inline=True, limit=4)
+    engine.model.slots = 3
+    for _ in range(10):
+        engine.step()
+    assert engine.sizes["a"] == [5] * 10 or engine.sizes["a"] == [1] + [5] * 9
+    assert not any(engine.beside)
+    assert engine.pearl.tally == Tally()
+    assert engine.pearl.seconds(1) == 1.0
+
+
+def test_without_overlap_it_goes_in_line_and_tries_again() -> None:
     overlap = Overlap()
+    engine = Engine(Draft(0.0), 4, overlap=overlap)
+    engine.model.slots = 3
     for _ in range(50):
-        overlap.record(1.0, 1.0, 0.6)  # hidden
-    assert overlap.beside
-    for _ in range(50):
-        overlap.record(1.6, 1.0, 0.6)  # one after the other
-    assert not overlap.beside
-    tries = 0
-    for _ in range(2000):
-        if overlap.beside:
-            tries += 1
-            overlap.record(1.6, 1.0, 0.6)
-        else:
-            overlap.skipped()
-    assert 0 < tries < 20
-    for _ in range(100_000):  # a core became free
-        if overlap.beside:
-            overlap.record(1.0, 1.0, 0.6)
-        else:
-            overlap.skipped()
-    assert overlap.beside
-    assert overlap.hidden > 0.9
-    before = overlap.hidden
-    overlap.record(float("nan"), 1.0, 1.0)
-    overlap.record(1.0, 0.0, 1.0)
-    assert overlap.hidden == before
+        overlap.record(2.0, 1.0, 1.0)
+    for _ in range(600):
+        engine.step()
+        if engine.beside[-1]:
+            overlap.record(2.0, 1.0, 1.0)
+    assert 1 <= sum(engine.beside) <= 3
+    assert min(engine.sizes["a"][1:]) > 1  # in line it drafts as well
+
+
+def test_now_and_then_the_target_runs_alone() -> None:
+    engine = Engine(Draft(0.0), 4)
+    for _ in range(3 * (PROBE_EVERY + 1)):
+        engine.step()
+    assert engine.beside.count(False) == 3
+    assert engine.beside[PROBE_EVERY] is False
+
+
+def test_only_the_drafted_chain_is_answered() -> None:
+    engine = Engine(Draft(0.0), 5)
+    engine.pearl.plan(engine.trees, 1e9)
+    engine.pearl.draft(lambda: False)
+    own = target(engine.texts["a"])
+    engine.texts["a"].append(own)
+    engine.pearl.settle({"a": [own]})
+    root = engine.pearl.begin(["a"])["a"]
+    right = likeliest(root)
+    wrong = next(token for token in root if token != right)
+    sibling, child = (LevelNode("a", node, ROOT, t) for node, t in ((7, wrong), (8, right)))
+    below = LevelNode("a", 9, 7, 0)
+    answers = engine.pearl.predict([sibling, child, below])
+    assert [bool(found) for found in answers] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        (TokenTree.EMPTY, ()),
+        (TokenTree.chain([5, 6, 7], [0.5, 0.4, 0.3]), (5, 6, 7)),
+        (TokenTree((5, 6, 7, 8), (ROOT, ROOT, 1, 0), (0.3, 0.5, 0.4, 0.2)), (6, 7)),
+        (TokenTree((5, 6), (ROOT, ROOT), (0.5, 0.5)), (5,)),
+    ],
+)
+def test_the_likeliest_path(tree: TokenTree, path: tuple[int, ...]) -> None:
+    assert main_path(tree) == path
+
+
+def test_the_likeliest_candidate_is_the_smaller_of_equals() -> None:
+    assert likeliest({4: 0.2, 9: 0.4, 3: 0.4}) == 3

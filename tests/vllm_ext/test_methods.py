@@ -73,7 +73,7 @@ def test_every_option_is_documented(method: Any) -> None:
     assert "arXiv" in method.paper
     for field in method.options.model_fields.values():
         assert field.description
-        assert not field.is_required() or method.name in ("datastore", "self_draft")
+        assert not field.is_required() or method.name in ("datastore", "pearl", "self_draft")
 
 
 def test_no_method_of_vllm_is_taken_over() -> None:

@@ -16,6 +16,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ext import hooks
 from vllm_ext.attention.setup import set_up_tree_attention
+from vllm_ext.config import read_cores
+from vllm_ext.worker.beside import free_cores
 from vllm_ext.worker.runner import TreeRunnerMixin
 
 logger = init_logger("vllm.vllm_ext")
@@ -53,6 +55,13 @@ class TreeCPUWorker(CPUWorker):
         )
         with _runner_class(TreeCPUModelRunner):
             super().init_device()
+        runner: Any = self.model_runner
+        free = free_cores(read_cores(self.vllm_config))
+        runner.spare_core = max(free, default=None)
+        runner.why_no_spare_core = (
+            "the engine's threads take all cores that it may use; reserve one by "
+            "VLLM_CPU_NUM_OF_RESERVED_CPU=1 or VLLM_CPU_OMP_THREADS_BIND"
+        )
 
     def compile_or_warm_up_model(self) -> Any:
         """Stock; then check tree attention on this machine and measure the cost of rows."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,9 @@ from proposers.tree import TokenTree
 from vllm_ext.draft_config import check_memory, draft_model_config
 from vllm_ext.identity import local_folder
 from vllm_ext.methods import OptionError
+from vllm_ext.worker.beside import own_context, reentrant_layers, why_not_reentrant
 from vllm_ext.worker.observe import top_candidates
-from vllm_ext.worker.step import AttentionStep, Step, TreeRows
+from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, TreeRows
 
 PREFIX = "draft_model"
 _ROUNDS = 3
@@ -63,6 +66,7 @@ class DraftModel:
     Args:
         runner: the model runner, whose target is loaded.
         options: of the method.
+        beside: whether passes may run beside the target's, in another thread.
 
     Raises:
         OptionError: the weights do not fit, or vLLM cannot load them.
@@ -71,11 +75,11 @@ class DraftModel:
         layers: names of its attention layers.
         vocab_size: of its output layer.
         max_model_len: longest text that it can read.
-        seconds: spent in passes so far.
+        seconds: spent in passes so far, but for those beside the target's.
         failed: whether a pass has raised an error.
     """
 
-    def __init__(self, runner: Any, options: Any) -> None:
+    def __init__(self, runner: Any, options: Any, *, beside: bool = False) -> None:
         target: Any = runner.vllm_config
         self._runner = runner
         config = draft_model_config(options, target.model_config)
@@ -91,7 +95,7 @@ class DraftModel:
         )
         context = target.compilation_config.static_forward_context
         before = set(context)
-        with set_model_tag(PREFIX):
+        with set_model_tag(PREFIX), reentrant_layers() if beside else nullcontext():
             self._model = get_model(vllm_config=self._config, prefix=PREFIX)
         self.layers = sorted(set(context) - before)
         self.vocab_size = int(config.get_vocab_size())
@@ -156,15 +160,20 @@ class DraftModel:
                 best[rows] = min(best[rows], time.perf_counter() - begin)
         return list(best.items())
 
+    def why_not_beside(self) -> str | None:
+        """Why its passes cannot run beside the target's, or ``None`` if they can."""
+        return why_not_reentrant(self._model)
+
     @torch.inference_mode()
     def run(
-        self, parts: Sequence[DraftRows], width: int
+        self, parts: Sequence[DraftRows], width: int, *, beside: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """One pass.
 
         Args:
             parts: at most one per request, and not more rows than a step of the engine may have.
             width: candidates per wanted row.
+            beside: whether the target may be running.
 
         Returns:
             ids int64 [wanted, width] and probabilities float32 [wanted, width], in the order of
@@ -176,22 +185,24 @@ class DraftModel:
         starts = np.zeros(len(parts) + 1, np.int32)
         starts[1:] = np.cumsum([len(part.tokens) for part in parts])
         tokens = np.concatenate([np.asarray(part.tokens, np.int64) for part in parts])
-        step = _step(parts, starts)
+        step = _step(parts, starts, always=beside)
         positions, slots = self._places(parts, step)
-        metadata = self._metadata(parts, starts, positions, slots, step)
-        mapping = torch.from_numpy(slots).to(device)
-        hidden = self._hidden(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(positions).to(device),
-            metadata,
-            dict.fromkeys(self.layers, mapping),
-        )
+        mapping = dict.fromkeys(self.layers, torch.from_numpy(slots).to(device))
+        inputs = torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device)
+        if beside:
+            assert step is not None
+            with own_context(self._config, self._tree_metadata(parts, step), mapping):
+                hidden = self._forward(*inputs)
+        else:
+            metadata = self._metadata(parts, starts, positions, slots, step)
+            hidden = self._hidden(*inputs, metadata, mapping)
         wanted = [
             np.arange(end - part.wanted, end) for part, end in zip(parts, starts[1:], strict=True)
         ]
         rows = torch.from_numpy(np.concatenate(wanted)).to(device)
         found = self._top(hidden[rows], width) if len(rows) else _NOTHING
-        self.seconds += time.perf_counter() - begin
+        if not beside:
+            self.seconds += time.perf_counter() - begin
         self.failed = False
         return found
 
@@ -249,6 +260,16 @@ class DraftModel:
             built.update(dict.fromkeys(names, metadata))
         return built
 
+    def _tree_metadata(self, parts: Sequence[DraftRows], step: Step) -> dict[str, Any]:
+        """Attention metadata by layer for rows that tree attention takes, all of them.
+
+        vLLM's builder would resize buffers that the target is using.
+        """
+        rows = [part.row for part in parts]
+        table = torch.from_numpy(self.table.get_numpy_array()[rows])
+        metadata = SimpleNamespace(block_table=table, **{STEP_ATTRIBUTE: step.attention})
+        return dict.fromkeys(self.layers, metadata)
+
     def _hidden(
         self,
         tokens: torch.Tensor,
@@ -259,7 +280,10 @@ class DraftModel:
         with set_forward_context(
             metadata, self._config, num_tokens=len(tokens), slot_mapping=slots
         ):
-            hidden = self._model(input_ids=tokens, positions=positions)
+            return self._forward(tokens, positions)
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self._model(input_ids=tokens, positions=positions)
         return hidden if isinstance(hidden, torch.Tensor) else hidden[0]
 
     def _top(
@@ -275,13 +299,22 @@ class DraftModel:
 _NOTHING = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
 
 
-def _step(parts: Sequence[DraftRows], starts: NDArray[np.int32]) -> Step | None:
-    """The trees of a pass, or ``None`` if the stock kernel can do it all."""
+def _step(
+    parts: Sequence[DraftRows], starts: NDArray[np.int32], *, always: bool = False
+) -> Step | None:
+    """The trees of a pass, or ``None`` if the stock kernel can do it all.
+
+    Args:
+        parts: of the pass.
+        starts: first row of each.
+        always: let tree attention take rows without a tree too.
+    """
+    chains = [TokenTree.chain(part.tokens[1:], [0.0] * (len(part.tokens) - 1)) for part in parts]
     branching = []
     for index, part in enumerate(parts):
-        if part.tree is not None:
+        if part.tree is not None or always:
             base = part.start - part.first
-            tree = TreeRows.build(index, int(starts[index]), base, part.tree)
+            tree = TreeRows.build(index, int(starts[index]), base, part.tree or chains[index])
             tree.first = part.first
             branching.append(tree)
     if not branching:
@@ -290,10 +323,7 @@ def _step(parts: Sequence[DraftRows], starts: NDArray[np.int32]) -> Step | None:
     attention = AttentionStep(
         branching, torch.from_numpy(rows), len(rows) == int(starts[-1]), keep=False
     )
-    trees = [
-        part.tree or TokenTree.chain(part.tokens[1:], [0.0] * (len(part.tokens) - 1))
-        for part in parts
-    ]
+    trees = [part.tree or chain for part, chain in zip(parts, chains, strict=True)]
     return Step(trees, starts[:-1].tolist(), attention, 0)
 
 

@@ -93,12 +93,34 @@ class DraftPredictor:
         self._cost = cost
         self._longest = min(model.max_model_len, runner.max_model_len)
         self._texts: dict[str, _Text] = {}
+        self._assumed: dict[str, tuple[int, Sequence[int]]] = {}  # committed length, path
         self.ledger = DraftLedger(model.table.block_size)
         self.prompts: Mapping[str, int] = {}
+        self._beside = False
 
     def forget(self, request: str) -> None:
         """The request has ended, or has lost its blocks."""
         self._texts.pop(request, None)
+        self._assumed.pop(request, None)
+
+    def assume(self, paths: Mapping[str, Sequence[int]]) -> None:
+        """See `AssumingPredictor.assume`.
+
+        Passes are made beside the target's until `settle`, possibly in another thread.
+        """
+        self._beside = True
+        self._assumed = {r: (self._text(r)[1].size, path) for r, path in paths.items()}
+
+    def settle(self, kept: Mapping[str, int]) -> None:
+        """See `AssumingPredictor.settle`."""
+        self._beside = False
+        for request, same in kept.items():
+            length, path = self._assumed.pop(request, (0, ()))
+            text = self._texts.get(request)
+            if text is not None and same < len(path):
+                text.done = min(text.done, length + same)
+                text.drafted = []
+        self._assumed = {}
 
     def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
         """See `LevelPredictor.begin`."""
@@ -108,7 +130,7 @@ class DraftPredictor:
         """As `begin`, with the `width` most probable tokens, likeliest first."""
         wanted = [request for request in requests if self._usable(request, None)]
         reading = [(request, *self._text(request)) for request in wanted]
-        for request, computed in self.prompts.items():
+        for request, computed in () if self._beside else self.prompts.items():
             if self._usable(request, computed):
                 row, tokens = self._text(request)
                 reading.append((request, row, tokens[:computed]))
@@ -244,17 +266,19 @@ class DraftPredictor:
         self, parts: Sequence[DraftRows], width: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         before = self._model.seconds
-        found = self._model.run(parts, width)
+        found = self._model.run(parts, width, beside=self._beside)
         rows = sum(len(part.tokens) for part in parts)
-        if rows <= _TIMED:
+        if rows <= _TIMED and not self._beside:
             self._cost.record(rows, self._model.seconds - before)
         return found
 
     def _text(self, request: str) -> tuple[int, NDArray[np.int32]]:
-        """A request's row in the batch and its committed tokens."""
+        """A request's row in the batch, its committed tokens and those assumed to follow."""
         batch = self._runner.input_batch
         row = batch.req_id_to_index[request]
-        return row, batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]]
+        tokens: NDArray[np.int32] = batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]]
+        _, path = self._assumed.get(request, (0, ()))
+        return row, np.concatenate([tokens, np.asarray(path, np.int32)]) if path else tokens
 
     def _blocks(self, row: int) -> NDArray[np.int32]:
         table = self._model.table

@@ -38,7 +38,11 @@ class DraftModelMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         if getattr(self._options, "model", None) is not None:
             hooks.require(hooks.DRAFT)
-            self._draft_model = DraftModel(self, self._options)
+            self._draft_model = DraftModel(self, self._options, beside=self._beside_wanted())
+
+    def _beside_wanted(self) -> bool:
+        """Whether passes of the draft model may run beside the target's."""
+        return False
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> None:
         """Stock; then the draft model finds its part, and sets its layers up for its own dtype."""
@@ -46,16 +50,16 @@ class DraftModelMixin:
         if self._draft_model is not None:
             self._draft_model.bind()
 
-    def start_draft_model(self: Any, row_counts: Sequence[int]) -> None:
+    def start_draft_model(self: Any, prior: Sequence[tuple[int, float]]) -> None:
         """Measure the passes of the draft model and let it predict.
 
         Args:
-            row_counts: numbers of rows to measure.
+            prior: measured (rows, seconds) of the target's forward pass.
         """
         model = self._draft_model
         if model is None:
             return
-        measured = model.measure(row_counts)
+        measured = model.measure([rows for rows, _ in prior])
         self._predictor = DraftPredictor(
             model,
             self,

@@ -35,6 +35,10 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("pauses", "how often drafting was paused or taken up again"),
     ("capped_requests", "requests, summed over steps, that limited or refused drafts themselves"),
     ("drafting_errors", "steps whose drafting failed and was given up; see the log"),
+    ("beside_steps", "steps beside which a draft model ran (PEARL)"),
+    ("beside_passes", "passes of the draft model beside steps"),
+    ("beside_requests", "requests drafted beside steps, summed over steps"),
+    ("beside_hits", "of these, requests whose step confirmed all that was drafted from"),
     ("chain_fallbacks", "scheduled drafts that were not a prefix of a proposed tree"),
 )
 """Name and meaning of each counter, in the order of the file."""

@@ -5,7 +5,8 @@ One step::
 
     scheduler output -> _prepare_inputs            positions = base + depth
                      -> _build_attention_metadata  trees attached for the attention layers
-                     -> forward (stock)            keys and values of tree rows stashed
+                     -> forward (stock)            keys and values of tree rows stashed; PEARL
+                                                   drafts beside it
                      -> _sample                    the walk, then KV commit
                      -> _bookkeeping_sync (stock)
                      -> propose_draft_token_ids    learn from the step, draft the next
@@ -78,7 +79,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
             prior: measured (rows, seconds) of the forward pass.
         """
         self._timer.start(prior, adaptive=self._options.adaptive)
-        self.start_draft_model([rows for rows, _ in prior])
+        self.start_draft_model(prior)
         self._resources = load_resources(
             self._options, self.model_config, self.vllm_config.load_config.download_dir
         )
@@ -87,7 +88,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
     def _new_drafting(self: Any) -> Drafting:
         self._switches = 0
         drafter = build_drafter(
-            self._method, self._options, self._resources, self._timer.cost, self._predictor
+            self._method, self._options, self._resources, self._timer.cost, self._level_predictor()
         )
         self._sampled = self._new_sampled()
         return Drafting(drafter, trees=self.trees_refused is None)
@@ -259,6 +260,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
         prompts: list[tuple[str, range, Candidates]],
     ) -> dict[str, TokenTree]:
         drafting: Drafting = self._drafting
+        self._settle_pearl(dict(zip(request_ids, tokens, strict=True)))
         for request_id, positions, seen in prompts:
             drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)

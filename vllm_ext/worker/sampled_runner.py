@@ -20,7 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from proposers.verify_tree import Verification
-from vllm_ext.worker.draft_runner import DraftModelMixin
+from vllm_ext.worker.pearl_runner import PearlMixin
 from vllm_ext.worker.sampled_drafting import Applicant, SampledDrafting
 from vllm_ext.worker.step import Step
 from vllm_ext.worker.walk import WalkResult
@@ -29,7 +29,7 @@ _GREEDY_BELOW = 1e-5  # vLLM's own limit on the temperature
 _MATCH = "match"
 
 
-class SampledDraftsMixin(DraftModelMixin):
+class SampledDraftsMixin(PearlMixin):
     """Goes before a V1 runner class in the bases of a subclass."""
 
     _sampled: SampledDrafting | None = None

@@ -56,10 +56,14 @@ class RememberingModel:
         self.table = table
         self.slots: dict[int, tuple[int, ...]] = {}
         self.seconds = 0.0
+        self.target_runs = False
         self.rows = 0
         self.partial, self.branching = partial, branching
 
-    def run(self, parts: Sequence[DraftRows], width: int) -> tuple[Any, Any]:
+    def run(
+        self, parts: Sequence[DraftRows], width: int, *, beside: bool = False
+    ) -> tuple[Any, Any]:
+        assert beside is self.target_runs
         assert len({part.row for part in parts}) == len(parts)
         answers: list[int] = []
         # All rows of a pass are written before any row attends, layer by layer; so in order of
@@ -104,7 +108,10 @@ class RememberingModel:
 class Engine:
     """Requests over a pool of blocks, with a prefix cache that knows the target's blocks only."""
 
-    def __init__(self, seed: int, *, partial: bool = True, branching: bool = True) -> None:
+    def __init__(
+        self, seed: int, *, partial: bool = True, branching: bool = True, beside: bool = False
+    ) -> None:
+        self.beside = beside
         self.random = random.Random(seed)
         self.table = Table()
         self.model = RememberingModel(self.table, partial, branching)
@@ -223,6 +230,35 @@ class Engine:
                     self._check(found, text)
         return nodes
 
+    def _scheduled(self, nodes: list[tuple[int, int]]) -> tuple[int, ...]:
+        """What a step verifies: drafts of this predictor, or of another source."""
+        dice = self.random
+        if nodes and dice.random() < 0.7:
+            return self.path(nodes, dice.randrange(len(nodes)))
+        return tuple(self.token() for _ in range(dice.randint(0, 2)))
+
+    def draft_beside(self, paths: dict[str, tuple[int, ...]], levels: int) -> dict[str, list[int]]:
+        """Continue behind what a step verifies; returns the chain of each request."""
+        self.predictor.assume(paths)
+        self.model.target_runs = True
+        chains: dict[str, list[int]] = {}
+        for name, found in self.predictor.begin(list(paths)).items():
+            self._check(found, (*self.texts[name], *paths[name]))
+            chains[name] = []
+        for level in range(levels):
+            asked = [
+                LevelNode(name, level, level - 1, self.token())
+                for name, chain in chains.items()
+                if len(chain) == level and self.predictor.room(name) > 0
+            ]
+            if asked:
+                for node, found in zip(asked, self.predictor.predict(asked), strict=True):
+                    chain = chains[node.request]
+                    chain.append(node.token)
+                    self._check(found, (*self.texts[node.request], *paths[node.request], *chain))
+        self.model.target_runs = False
+        return chains
+
     def path(self, nodes: list[tuple[int, int]], node: int) -> tuple[int, ...]:
         tokens: tuple[int, ...] = ()
         while node != ROOT:
@@ -256,13 +292,27 @@ class Engine:
         }
         if names and dice.random() < 0.7:
             nodes = self.draft(names, dice.randint(0, 3))
+        paths: dict[str, tuple[int, ...]] = {}
+        chains: dict[str, list[int]] = {}
+        if names and self.beside and dice.random() < 0.7:
+            paths = {name: self._scheduled(nodes.get(name, [])) for name in names}
+            chains = self.draft_beside(paths, dice.randint(0, 3))
+        kept = {}
         for name in names:
             emitted: list[int] = []
             drafted = nodes.get(name, [])
-            if drafted and dice.random() < 0.7:
+            if name in paths and dice.random() < 0.7:
+                emitted = [*paths[name], *chains.get(name, ())]
+                emitted = emitted[: dice.randint(0, len(emitted))]
+            elif drafted and dice.random() < 0.7:
                 emitted = list(self.path(drafted, dice.randrange(len(drafted))))
             emitted.append(self.token())
             self.commit(name, emitted)
+            if name in paths:
+                kept[name] = draft_predictor.agreement(paths[name], emitted)
+        if paths:
+            self.predictor.settle(kept)
+        for name in names:
             if not self.grow(name):
                 self.release(name)
 
@@ -271,6 +321,7 @@ MODES = [
     {},
     {"partial": False},
     {"branching": False},
+    {"beside": True},
 ]
 
 
@@ -286,7 +337,7 @@ def played(steps: int = 80, seeds: int = 3, **mode: bool) -> tuple[int, int]:
     return answers, wrong
 
 
-@pytest.mark.parametrize("mode", MODES, ids=["partial", "whole", "chains"])
+@pytest.mark.parametrize("mode", MODES, ids=["partial", "whole", "chains", "beside"])
 def test_every_answer_is_for_the_true_text(mode: dict[str, bool]) -> None:
     answers, wrong = played(**mode)
     assert answers > 300
@@ -327,6 +378,16 @@ def test_drafts_taken_for_accepted_are_noticed(monkeypatch: pytest.MonkeyPatch) 
         draft_predictor, "agreement", lambda mine, theirs: min(len(mine), len(theirs))
     )
     assert played()[1] > 0
+
+
+def test_assumed_tokens_taken_for_accepted_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = DraftPredictor.settle
+
+    def trusting(self: DraftPredictor, kept: dict[str, int]) -> None:
+        settle(self, dict.fromkeys(kept, 99))
+
+    monkeypatch.setattr(DraftPredictor, "settle", trusting)
+    assert played(beside=True)[1] > 0
 
 
 def test_a_request_that_lost_its_blocks_unnoticed_is_noticed(

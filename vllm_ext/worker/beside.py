@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second forward pass in the same process, beside the target's, on a CPU core of its own.
+
+Three things in vLLM's CPU engine are made for one pass at a time:
+
+* the forward context is a global. While a thread drafts, a `PerThreadContext` stands in its place;
+* the kernels of linear layers (oneDNN) and of attention share one scratchpad and one cache of
+  primitives in the whole process, so two threads in them would corrupt each other's results. A
+  draft model that is loaded under `reentrant_layers` multiplies by torch instead, and its rows go
+  to this package's tree attention, which is torch as well;
+* threads are bound to the target's cores. The drafting thread is bound to another one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from vllm import _custom_ops
+from vllm.forward_context import (
+    create_forward_context,
+    get_forward_context,
+    override_forward_context,
+)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+T = TypeVar("T")
+
+_own = threading.local()
+
+
+class PerThreadContext:
+    """vLLM's forward context, but for threads that have one of their own.
+
+    Args:
+        shared: the context of all other threads.
+    """
+
+    def __init__(self, shared: Any) -> None:
+        object.__setattr__(self, "_shared", shared)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._now(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._now(), name, value)
+
+    def _now(self) -> Any:
+        return getattr(_own, "context", None) or self.__dict__["_shared"]
+
+
+@contextmanager
+def per_thread_context() -> Iterator[None]:
+    """Within a forward context: let other threads have contexts of their own."""
+    with override_forward_context(PerThreadContext(get_forward_context())):
+        yield
+
+
+@contextmanager
+def own_context(config: Any, metadata: dict[str, Any], slots: dict[str, Any]) -> Iterator[None]:
+    """A forward context of this thread alone, while `per_thread_context` holds in another.
+
+    Args:
+        config: vLLM's configuration with the model that runs.
+        metadata: attention metadata by layer.
+        slots: slot mapping by layer.
+    """
+    # What is compiled is left out: its guards and buffers belong to one thread.
+    _own.context = create_forward_context(metadata, config, slot_mapping=slots, skip_compiled=True)
+    try:
+        yield
+    finally:
+        _own.context = None
+
+
+@contextmanager
+def reentrant_layers() -> Iterator[None]:
+    """While a model is loaded: give its linear layers torch's kernels."""
+    before = _custom_ops._supports_onednn
+    _custom_ops._supports_onednn = False
+    try:
+        yield
+    finally:
+        _custom_ops._supports_onednn = before
+
+
+def why_not_reentrant(model: torch.nn.Module) -> str | None:
+    """Why a model loaded under `reentrant_layers` cannot run in two threads, or ``None``."""
+    from vllm_ext.attention.cpu import TreeCPUAttentionBackendImpl
+
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        method = getattr(module, "quant_method", None)
+        if isinstance(module, LinearBase) and not isinstance(method, UnquantizedLinearMethod):
+            return f"layer {name} is quantized ({type(method).__name__})"
+        if "MoE" in kind:
+            return f"layer {name} ({kind}) has experts"
+        impl = getattr(module, "impl", None)
+        if impl is None:
+            continue
+        if not isinstance(impl, TreeCPUAttentionBackendImpl):
+            return f"layer {name} attends by {type(impl).__name__}"
+        reason = impl.why_no_trees()
+        if reason is not None:
+            return f"layer {name}: {reason}"
+    return None
+
+
+class BesideThread:
+    """One thread, bound to a core.
+
+    Args:
+        core: its number.
+    """
+
+    def __init__(self, core: int) -> None:
+        self.core = core
+        self._pool = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="vllm-ext-draft",
+            initializer=_settle,
+            initargs=(core,),
+        )
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run ``job`` in the thread."""
+        return self._pool.submit(job)
+
+
+def _settle(core: int) -> None:
+    """Make the calling thread a single OpenMP thread on ``core``."""
+    torch.get_num_threads()  # torch sets a new thread's number of threads at its first question
+    # Not torch.set_num_threads, which also counts for the target's thread in MKL.
+    set_num_threads = ctypes.CDLL(None).omp_set_num_threads
+    # OpenMP binds a thread to the target's cores at its first parallel region: that comes first.
+    set_num_threads(2)
+    torch.ones(1 << 17).sum()
+    set_num_threads(1)
+    os.sched_setaffinity(0, {core})
+
+
+def free_cores(allowed: set[int]) -> set[int]:
+    """Of the cores that the engine may use, those that the calling thread is not bound to."""
+    return allowed - os.sched_getaffinity(0)
