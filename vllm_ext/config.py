@@ -13,9 +13,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vllm_ext import self_draft
 from vllm_ext.build import check_resources
 from vllm_ext.draft_config import check_draft
-from vllm_ext.methods import METHODS, OptionError, PearlConfig, TreeConfig, parse_options
+from vllm_ext.methods import (
+    METHODS,
+    OptionError,
+    PearlConfig,
+    SelfDraftConfig,
+    TreeConfig,
+    parse_options,
+)
 
 CONFIG_KEY = "vllm_ext"
 """Key of ``VllmConfig.additional_config`` under which the method and its options travel."""
@@ -54,7 +62,11 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     options = parse_options(method, given)
     _refuse_impossible(engine_args, model_config, parallel_config)
     download_dir = getattr(engine_args, "download_dir", None)
+    runs = method.name
     try:
+        if isinstance(options, SelfDraftConfig):
+            options = self_draft.as_dyspec(options, model_config, parallel_config, download_dir)
+            runs = "dyspec"
         check_draft(options, model_config, parallel_config, download_dir)
         check_resources(options, model_config, download_dir)
     except ValueError as error:
@@ -70,7 +82,7 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
         CONFIG_KEY: {
-            "method": method.name,
+            "method": runs,
             "options": options.model_dump(),
             **({"cores": _cores()} if isinstance(options, PearlConfig) else {}),
         },

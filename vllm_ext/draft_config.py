@@ -43,13 +43,7 @@ def check_draft(
         if getattr(options, "sources", None) == []:
             raise OptionError("sources=[] drafts nothing without a draft model: add 'model'")
         return
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        size = getattr(parallel_config, name)
-        if size > 1:
-            raise OptionError(
-                f"draft model with {name}={size}: draft models run on one worker only; use "
-                f"{name}=1 or leave 'model' out"
-            )
+    check_one_worker(parallel_config)
     try:
         folder = local_folder(options.model, None, download_dir)
         target = local_folder(model_config.model, model_config.revision, download_dir)
@@ -62,6 +56,21 @@ def check_draft(
 
 
 _DEPENDENT = ("quantization", "max_model_len", "draft_dtype")
+
+
+def check_one_worker(parallel_config: Any) -> None:
+    """Refuse a draft model on several workers.
+
+    Raises:
+        OptionError: with what is to be 1.
+    """
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        size = getattr(parallel_config, name)
+        if size > 1:
+            raise OptionError(
+                f"draft model with {name}={size}: draft models run on one worker only; use "
+                f"{name}=1 or a method without one"
+            )
 
 
 def draft_model_config(options: Any, model_config: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class OptionError(ValueError):
@@ -74,15 +74,9 @@ class TreeConfig(BaseModel):
     )
 
 
-class DraftModelConfig(TreeConfig):
-    """Options of methods that a draft model may serve; names are vLLM's where it has them."""
+class DraftWeightsConfig(TreeConfig):
+    """How a draft model is loaded, whichever it is; names are vLLM's where it has them."""
 
-    model: str | None = Field(
-        default=None,
-        min_length=1,
-        description="draft model with the target's tokenizer, a folder or a name in the Hugging "
-        "Face cache; it is mixed with the sources, and run in steps where it pays",
-    )
     quantization: str | None = Field(
         default=None, description="of the draft model's weights, by vLLM's name; its config's"
     )
@@ -100,25 +94,57 @@ class DraftModelConfig(TreeConfig):
     )
 
 
-class DySpecConfig(DraftModelConfig):
-    """Options of ``{"method": "dyspec"}``."""
+class DraftModelConfig(DraftWeightsConfig):
+    """Options of methods that a draft model may serve."""
+
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="draft model with the target's tokenizer, a folder or a name in the Hugging "
+        "Face cache; it is mixed with the sources, and run in steps where it pays",
+    )
+
+
+class MixtureConfig(DraftWeightsConfig):
+    """Options of a best-first tree from a mixture of sources, a draft model among them or not."""
 
     max_depth: int = _depth(12)
     min_probability: float = _MIN_PROBABILITY
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],
         description="what is mixed: suffix, copy, trigram, bigram, store, jacobi, or sources of "
-        "other packages by name; `datastore`, `past_outputs_mib` and `model` add theirs",
+        "other packages by name; `datastore`, `past_outputs_mib` and a draft model add theirs",
     )
     verify: Literal["match", "swor", "kseq", "block"] = Field(
         default="match",
         description="how drafts of sampled requests are verified: match (named drafts against the "
         "Sampler's own draw, token by token as without speculation), or a rule that keeps more of "
-        "drafts drawn from `model` and keeps the law: swor, kseq, block",
+        "drafts drawn from a draft model and keeps the law: swor, kseq, block",
     )
     prime: str = _PRIME
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
+
+
+class DySpecConfig(MixtureConfig, DraftModelConfig):
+    """Options of ``{"method": "dyspec"}``."""
+
+
+class SelfDraftConfig(MixtureConfig):
+    """Options of ``{"method": "self_draft"}``."""
+
+    layers: int | list[int] = Field(
+        description="layers of the target that draft: how many of the first (early exit), or their "
+        "numbers from 0 (layer skipping)",
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(number) is int for number in numbers):  # a bool is no number here
+            raise ValueError("give a whole number, or a list of them")
+        return value
 
 
 class TokenRecyclingConfig(TreeConfig):
@@ -242,6 +268,14 @@ METHODS: dict[str, Method] = {
             "mixes one in where `model` names it",
             paper="DySpec (arXiv 2410.11744), Token Recycling (arXiv 2408.08696)",
             options=DySpecConfig,
+        ),
+        Method(
+            name="self_draft",
+            summary="some of the target's own layers as the draft model of dyspec, for targets "
+            "that were trained to be left early; layers of others need training, by `vllm-ext "
+            "distill`",
+            paper="LayerSkip (arXiv 2404.16710), Draft & Verify (arXiv 2309.08168)",
+            options=SelfDraftConfig,
         ),
         Method(
             name="token_recycling",

@@ -73,7 +73,7 @@ def text(string: str) -> list[int]:
     return [ord(c) for c in string]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"self_draft"}))  # built as dyspec
 def test_every_method_drafts_a_repetition_or_what_was_seen(
     model: Any, store: Path, method: str
 ) -> None:

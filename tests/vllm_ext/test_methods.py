@@ -45,13 +45,35 @@ def test_a_required_option_is_asked_for() -> None:
         parse_options(METHODS["datastore"], {})
 
 
+@pytest.mark.parametrize("layers", [4, [0, 2, 5]])
+def test_layers_are_a_number_or_a_list(layers: Any) -> None:
+    assert vars(parse_options(METHODS["self_draft"], {"layers": layers}))["layers"] == layers
+
+
+@pytest.mark.parametrize("layers", ["4", 4.0, True, None, [0, "1"], [0, 1.0], [0, True], {"a": 1}])
+def test_layers_that_are_no_whole_numbers(layers: Any) -> None:
+    with pytest.raises(OptionError, match=r"'layers' given as .*give a whole number, or a list"):
+        parse_options(METHODS["self_draft"], {"layers": layers})
+
+
+def test_self_draft_is_dyspec_with_layers_in_place_of_a_model() -> None:
+    with pytest.raises(OptionError, match=r"'layers' is required"):
+        parse_options(METHODS["self_draft"], {})
+    with pytest.raises(OptionError, match=r"takes no draft model \(given model='x'\)"):
+        parse_options(METHODS["self_draft"], {"layers": 1, "model": "x"})
+    mine, theirs = (METHODS[name].options.model_fields for name in ("self_draft", "dyspec"))
+    assert set(mine) - {"layers"} == set(theirs) - {"model"}
+    for name in set(mine) & set(theirs):
+        assert repr(mine[name]) == repr(theirs[name])
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_every_option_is_documented(method: Any) -> None:
     assert method.summary
     assert "arXiv" in method.paper
     for field in method.options.model_fields.values():
         assert field.description
-        assert not field.is_required() or method.name in ("datastore", "pearl")
+        assert not field.is_required() or method.name in ("datastore", "pearl", "self_draft")
 
 
 def test_no_method_of_vllm_is_taken_over() -> None:
