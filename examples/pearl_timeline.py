@@ -13,9 +13,10 @@ import argparse
 import json
 import os
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from vllm_ext.cli.environment import describe
 
 PROMPT = "Explain in a few sentences why the sky is blue, and then why sunsets are red."
 
@@ -36,7 +37,15 @@ def main() -> None:
         os.environ["VLLM_EXT_TRACE"] = str(trace)
         text = _run(args)
         spans = json.loads(trace.read_text().rstrip().rstrip(",") + "]")
-    result = {**_overlap(spans), **_environment(args), "text": text}
+    result = {
+        "model": Path(args.model).name,
+        "draft": Path(args.draft).name,
+        "dtype": args.dtype,
+        "batch": args.batch,
+        **_overlap(spans),
+        "text": text,
+        "environment": describe(),
+    }
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     _draw(spans, args)
     print(json.dumps(result, indent=2))
@@ -78,23 +87,6 @@ def _overlap(spans: list[dict[str, Any]]) -> dict[str, Any]:
         "draft_ms": round(drafting / 1e3, 1),
         "draft_ms_beside_the_target": round(hidden / 1e3, 1),
         "share_hidden": round(hidden / drafting, 3) if drafting else None,
-    }
-
-
-def _environment(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    import vllm
-
-    return {
-        "model": Path(args.model).name,
-        "draft": Path(args.draft).name,
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -18,7 +18,8 @@ the candidates go to a grower, which adds siblings where they pay. A proposal ne
 target says, so the text is the target's whatever is proposed.
 
 A request that nothing was drafted for beside the last step is drafted in line, as without PEARL:
-at its first token, and always where `Overlap` finds that nothing is hidden beside a step.
+at its first token, beside steps that are too short for two passes, and always where `Overlap` finds
+that nothing is hidden beside a step.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ from proposers.tree import ROOT, TokenTree
 
 PROBE_EVERY = 64
 """Steps after which one runs with nothing beside it, to measure the target alone."""
+
+
+_FEWEST = 2
+"""Passes beside a step: with one only c_0 would be known, and nothing could be scheduled."""
+
+_FORGOTTEN = 0.99  # per step that is too short, so that a pass is timed again some day
 
 
 class AssumingPredictor(LevelPredictor, Protocol):
@@ -133,8 +140,10 @@ class Pearl:
             self._since_probe = 0
             return False
         each = self._pass_seconds or self._predictor.seconds(len(wanted))
-        # With one pass only c_0 would be known, and nothing could be scheduled.
-        self._passes = max(2, chunk_length(seconds, each, self._most))
+        if _FEWEST * each > seconds:  # the step would wait for them
+            self._pass_seconds = each * _FORGOTTEN
+            return False
+        self._passes = max(_FEWEST, chunk_length(seconds, each, self._most))
         self._ahead = {request: Ahead(main_path(trees[request])) for request in wanted}
         self._predictor.assume({request: ahead.path for request, ahead in self._ahead.items()})
         return True
@@ -156,7 +165,7 @@ class Pearl:
                 self._ahead[request].found.append(found)
         alone = self._predictor.seconds(max(debt, len(roots)))
         passes = 1
-        while passes < self._passes and not (passes > 1 and stopped()):
+        while passes < self._passes and not (passes >= _FEWEST and stopped()):
             level = [
                 LevelNode(
                     request,

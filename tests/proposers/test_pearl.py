@@ -341,6 +341,21 @@ def test_now_and_then_the_target_runs_alone() -> None:
     assert engine.beside[PROBE_EVERY] is False
 
 
+def test_a_step_too_short_for_two_passes_is_not_waited_for() -> None:
+    engine = Engine(Draft(0.0), 4)
+    engine.step()
+    slow = 2.0 * engine.pearl._pass_seconds
+    assert engine.pearl.plan(engine.trees, 1.01 * slow)
+    engine.pearl.draft(lambda: False)
+    engine.pearl._pass_seconds = slow  # the machine became slower
+    tries = 0
+    while not engine.pearl.plan(engine.trees, 1.5 * slow):
+        engine.pearl.settle({})
+        assert set(engine.pearl.begin(["a"])) == {"a"}  # in line
+        tries += 1
+    assert 20 < tries < 40  # and then the passes are timed again
+
+
 def test_only_the_drafted_chain_is_answered() -> None:
     engine = Engine(Draft(0.0), 5)
     engine.pearl.plan(engine.trees, 1e9)
