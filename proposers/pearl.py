@@ -198,6 +198,7 @@ class Pearl:
         """
         self._wanted = []
         self._settled = {}
+        self._inline = set()
         kept = {}
         for request, ahead in self._ahead.items():
             tokens = list(emitted.get(request, ()))
@@ -268,7 +269,8 @@ class Pearl:
 
     def seconds(self, rows: int) -> float:
         """See `LevelPredictor.seconds`: nothing where all was drafted beside the step."""
-        return self._predictor.seconds(rows) if self._inline else 0.0
+        waited = self._inline or not self._settled
+        return self._predictor.seconds(rows) if waited else 0.0
 
     def _in_line(self, request: str) -> bool:
         """Whether a request is drafted after the step: nothing was beside it, or it is far behind.

@@ -282,7 +282,7 @@ def test_a_request_that_lost_its_blocks_is_drafted_in_line() -> None:
     engine.pearl.draft(lambda: False)
     engine.pearl.forget("a")
     engine.pearl.settle({"b": walk(engine.texts["b"], engine.trees["b"].tokens)})
-    assert engine.pearl.seconds(1) == 0.0
+    assert engine.pearl.seconds(1) == 0.0  # the other one waits for nothing
     found = engine.pearl.begin(["a", "b"])
     assert set(found) == {"a", "b"}
     assert engine.model.passes == passes + 4 + 1
@@ -304,6 +304,8 @@ def test_requests_that_want_no_draft_are_left_alone() -> None:
     engine.pearl.settle({})
     engine.pearl.begin([])
     assert not engine.pearl.plan(engine.trees, 1e9)
+    engine.pearl.settle({})
+    assert engine.pearl.seconds(1) == 1.0  # nothing was drafted beside the step
     engine.pearl.begin(["a"])
     assert not engine.pearl.plan({"other": TokenTree.EMPTY}, 1e9)
 
