@@ -118,6 +118,10 @@ def fit(given: Sequence[tuple[int, ...]], joint: dict[tuple[int, ...], float]) -
     return p_value(counts, np.array(list(joint.values())))
 
 
+def drawn_trees(engine: Any) -> float:
+    return float(engine.collective_rpc("draft_state")[0]["drawn_trees"])
+
+
 def use(engine: Any, rule: str, broken: str = "none") -> None:
     engine.collective_rpc("set_rule", args=(rule, broken))
     engine.collective_rpc("watch_drafts")
@@ -179,7 +183,11 @@ def test_greedy_requests_keep_their_tokens(engines: tuple[Any, Any], rule: str) 
     requests = prompts(10, seed=21)
     greedy = params(ignore_eos=True)
     mixed = [greedy, params(temperature=1.0, seed=2, ignore_eos=True)] * 5
-    assert texts(ours, requests, mixed)[::2] == texts(plain, requests, greedy)[::2]
+    before = drawn_trees(ours)
+    alone = texts(ours, requests, greedy)
+    assert drawn_trees(ours) == before
+    assert texts(ours, requests, mixed)[::2] == texts(plain, requests, greedy)[::2] == alone[::2]
+    assert drawn_trees(ours) > before
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -28,6 +28,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("request_steps", "requests summed over steps"),
     ("drafted_nodes", "tree nodes verified"),
     ("branching_trees", "trees verified that had branches"),
+    ("drawn_trees", "trees verified that were drawn from a draft model, by a rule of `verify`"),
     ("accepted_tokens", "tree nodes accepted"),
     ("emitted_tokens", "tokens emitted, the walk's own included"),
     ("drafting_seconds", "seconds spent on learning from a step and drafting the next"),

@@ -36,7 +36,7 @@ class PearlMixin(DraftModelMixin):
     """
 
     spare_core: int | None = None
-    why_no_spare_core = "on this device PEARL is not supported"
+    why_no_spare_core = "drafting beside the target is for the CPU engine"
 
     _pearl: Pearl | None = None
     _beside: BesideThread | None = None

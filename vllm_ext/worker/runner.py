@@ -387,6 +387,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
         counters.add("request_steps", len(sizes))
         counters.add("drafted_nodes", sum(sizes))
         counters.add("branching_trees", len(step.attention.trees) if step.attention else 0)
+        counters.add("drawn_trees", sum(rule is not None for rule in self._verifications))
         counters.add("accepted_tokens", sum(e - 1 for e in emitted if e))
         counters.add("emitted_tokens", sum(emitted))
         counters.add("drafting_seconds", seconds)
