@@ -121,6 +121,8 @@ class PearlMixin(DraftModelMixin):
         drafted, self._drafted = self._drafted, None
         self._pearl.settle(emitted)
         if drafted is not None:
+            if drafted.exception() is not None:
+                self._pearl.overlap = None  # in line from here on, if the model can still be used
             drafted.result()
         tally, self._pearl.tally = self._pearl.tally, Tally()
         for name, count in asdict(tally).items():
