@@ -9,7 +9,8 @@ running mean g of the promised relative gain,
     open   -> closed  when g <  CLOSE_AT < OPEN_AT
 
 and a closed gate asks for a trial draft every `PROBE_EVERY` steps only, so that a server under load
-spends nothing on drafts that do not pay.
+spends nothing on drafts that do not pay. Where a trial itself is dear, a pass of a draft model, the
+pause doubles with every trial that fails, up to a limit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from __future__ import annotations
 OPEN_AT = 0.02
 CLOSE_AT = 0.005
 PROBE_EVERY = 8
+RARELY = 64
+"""Patience where a trial costs a pass of a draft model: about 1% of a pass per step is left."""
+
 _MEMORY_OPEN = 32.0
 _MEMORY_CLOSED = 3.0
 
@@ -24,14 +28,19 @@ _MEMORY_CLOSED = 3.0
 class Gate:
     """Open at first, with the benefit of the doubt.
 
+    Args:
+        patience: longest pause between trials, in steps.
+
     Attributes:
         is_open: whether drafts are used.
         switches: how often that has changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience: int = PROBE_EVERY) -> None:
         self.is_open = True
         self.switches = 0
+        self._patience = patience
+        self._pause = PROBE_EVERY
         self._gain = OPEN_AT
         self._rows = 0
         self._waited = 0
@@ -45,8 +54,7 @@ class Gate:
         if self.is_open:
             return True
         self._waited += 1
-        changed = not self._rows / 2 < base_rows < self._rows * 2
-        return changed or self._waited >= PROBE_EVERY
+        return self._changed(base_rows) or self._waited >= self._pause
 
     def decide(self, gain: float, base_rows: int) -> bool:
         """Take the promised gain of the trees that were grown (0 if no node pays).
@@ -58,6 +66,10 @@ class Gate:
         Returns:
             Whether to use the trees.
         """
+        if self.is_open or self._changed(base_rows):
+            self._pause = PROBE_EVERY
+        else:
+            self._pause = min(2 * self._pause, self._patience)
         self._rows, self._waited = base_rows, 0
         memory = _MEMORY_OPEN if self.is_open else _MEMORY_CLOSED
         self._gain += (gain - self._gain) / memory
@@ -65,3 +77,7 @@ class Gate:
             self.is_open = not self.is_open
             self.switches += 1
         return self.is_open
+
+    def _changed(self, base_rows: int) -> bool:
+        """Whether the batch is another one than at the last decision."""
+        return not self._rows / 2 < base_rows < self._rows * 2

@@ -26,7 +26,7 @@ from typing import Any
 
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
-from proposers.gate import Gate
+from proposers.gate import RARELY, Gate
 from proposers.grower import Draftee
 from proposers.levels import FAIR_DEBT, LevelNode, LevelPredictor, ModelSource
 from proposers.mixture import Bias, Mixture, Prediction
@@ -134,7 +134,7 @@ class Layerwise(DySpec):
         super().__init__(Mixture([ModelSource(), *sources]), options)
         self._predictor = predictor
         self._free = free
-        self.gate: Gate | None = None if free else Gate()
+        self.gate: Gate | None = None if free else Gate(patience=RARELY)
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
 
     def grow(
@@ -174,6 +174,8 @@ class Layerwise(DySpec):
         for draftee, context in zip(draftees, contexts, strict=True):
             if draftee.request in roots:
                 context.tell(ROOT, roots[draftee.request])
+        if roots and not self._free:
+            self.spent += self._predictor.slowdown()
         latency = cost.curve(base_rows + self._options.max_batch_nodes)[base_rows:].tolist()
         for _ in range(self._options.max_depth if roots else 0):
             growths, trees = grown()

@@ -65,6 +65,9 @@ class LevelPredictor(Protocol):
     def seconds(self, rows: int) -> float:
         """Expected time of a pass over `rows` tokens."""
 
+    def slowdown(self) -> float:
+        """Seconds by which the next step gets slower because the model is used, passes apart."""
+
 
 class _Looked:
     """A context that the model may have been asked about."""

@@ -40,6 +40,10 @@ class Overlap:
 
     which is 1 for perfect overlap and 0 for none. Drafting stays beside the step while the running
     mean is at least `WORTH`, and is tried again from time to time.
+
+    Attributes:
+        hidden: that running mean.
+        slowdown: running mean of b - t, what the step loses to its neighbour, in seconds.
     """
 
     WORTH = 0.25
@@ -48,6 +52,7 @@ class Overlap:
 
     def __init__(self) -> None:
         self.hidden = 1.0
+        self.slowdown = 0.0
         self._waited = 0
 
     @property
@@ -66,6 +71,7 @@ class Overlap:
         self._waited = 0
         share = (target_alone + draft_alone - together) / min(target_alone, draft_alone)
         self.hidden += (min(max(share, 0.0), 1.0) - self.hidden) / self._MEMORY
+        self.slowdown += (max(together - target_alone, 0.0) - self.slowdown) / self._MEMORY
 
     def skipped(self) -> None:
         """A step was drafted in line."""

@@ -272,6 +272,11 @@ class Pearl:
         waited = self._inline or not self._settled
         return self._predictor.seconds(rows) if waited else 0.0
 
+    def slowdown(self) -> float:
+        """See `LevelPredictor.slowdown`: what drafting beside a step takes from it."""
+        overlap = self.overlap
+        return overlap.slowdown if overlap is not None and overlap.beside else 0.0
+
     def _in_line(self, request: str) -> bool:
         """Whether a request is drafted after the step: nothing was beside it, or it is far behind.
 

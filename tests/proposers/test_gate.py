@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter
-from proposers.gate import PROBE_EVERY, Gate
+from proposers.gate import PROBE_EVERY, RARELY, Gate
 
 VOCAB = 50
 ACCEPTED = 0.5
@@ -86,6 +86,36 @@ def test_thresholds_and_probes() -> None:
     for _ in range(200):
         assert gate.decide(0.01, 1)  # and so it does when open
     assert gate.switches == 2
+
+
+def pauses(gate: Gate, trials: int, rows: int = 4) -> list[int]:
+    """Steps between trials that fail."""
+    found = []
+    for _ in range(trials):
+        waited = 1
+        while not gate.wants_draft(rows):
+            waited += 1
+        found.append(waited)
+        assert not gate.decide(0.0, rows)
+    return found
+
+
+def test_dear_trials_become_rare() -> None:
+    gate = Gate(patience=RARELY)
+    while gate.decide(0.0, 4):
+        pass
+    assert pauses(gate, 6) == [8, 16, 32, 64, 64, 64]
+    assert pauses(gate, 3, rows=40) == [1, 8, 16]  # another batch is another question
+    assert gate.wants_draft(4)
+    while not gate.decide(0.5, 4):
+        pass
+    while gate.decide(0.0, 4):
+        pass
+    assert pauses(gate, 2) == [8, 16]  # it has paid in between
+    cheap = Gate()
+    while cheap.decide(0.0, 4):
+        pass
+    assert pauses(cheap, 4) == [PROBE_EVERY] * 4
 
 
 def test_a_closed_gate_asks_no_source(table_source) -> None:

@@ -40,6 +40,7 @@ class Model:
         self.passes: list[int] = []
         self.begun = 0
         self.flatness = 0.3
+        self.slower = 0.0
         self._texts: dict[str, dict[int, tuple[object, ...]]] = {}
 
     def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
@@ -68,6 +69,9 @@ class Model:
 
     def seconds(self, rows: int) -> float:
         return self.pass_seconds * (1 + 0.02 * rows)
+
+    def slowdown(self) -> float:
+        return self.slower
 
 
 class Oracle(ModelSource):
@@ -177,7 +181,7 @@ def test_a_model_that_never_pays_is_asked_rarely_and_one_that_pays_always() -> N
             grow(grower, draftee("a"), cost=STEEP)
         asked[seconds] = model.begun
     assert asked[0.0002] == 400
-    assert asked[10.0] < 100
+    assert asked[10.0] < 60  # some tens until the gate closes, then ever more rarely
 
 
 def test_what_was_spent_is_told_and_counts() -> None:
@@ -191,6 +195,20 @@ def test_what_was_spent_is_told_and_counts() -> None:
     assert gain < STEEP.gain(1, 1.0, len(tree), sum(tree.probs))
     grower.grow([draftee("a", 0)], STEEP, base_rows=1, base_tokens=1.0)
     assert grower.spent == 0.0
+
+
+def test_a_model_that_slows_the_next_step_must_pay_for_that() -> None:
+    def used(slower: float) -> int:
+        model = Model(0.0)
+        model.flatness, model.slower = 0.05, slower
+        grower = Layerwise(model, [], options())
+        for _ in range(300):
+            grow(grower, draftee("a"), cost=STEEP)
+        assert grower.spent in (0.0, slower)
+        return model.begun
+
+    assert used(0.0) == used(1e-4) == 300
+    assert used(10.0) < 60
 
 
 def test_it_learns_which_source_was_right(table_source) -> None:

@@ -90,6 +90,9 @@ class Model:
     def seconds(self, rows: int) -> float:
         return 1.0
 
+    def slowdown(self) -> float:
+        return 0.0
+
 
 class Engine:
     """Steps of a target over texts, with chains from `Pearl`."""
@@ -333,6 +336,19 @@ def test_without_overlap_it_goes_in_line_and_tries_again() -> None:
             overlap.record(2.0, 1.0, 1.0)
     assert 1 <= sum(engine.beside) <= 3
     assert min(engine.sizes["a"][1:]) > 1  # in line it drafts as well
+
+
+def test_what_a_step_loses_to_drafting_beside_it_is_told() -> None:
+    overlap = Overlap()
+    engine = Engine(Draft(0.0), 4, overlap=overlap)
+    assert engine.pearl.slowdown() == 0.0
+    for _ in range(60):
+        overlap.record(1.2, 1.0, 0.9)
+    assert engine.pearl.slowdown() == pytest.approx(0.2, rel=0.01)
+    for _ in range(60):
+        overlap.record(1.9, 1.0, 0.9)
+    assert not overlap.beside
+    assert engine.pearl.slowdown() == 0.0  # in line nothing is lost
 
 
 def test_now_and_then_the_target_runs_alone() -> None:

@@ -198,6 +198,10 @@ class DraftPredictor:
         """See `LevelPredictor.seconds`."""
         return self._cost.seconds(rows)
 
+    def slowdown(self) -> float:
+        """See `LevelPredictor.slowdown`: passes are in line."""
+        return 0.0
+
     def _level(self, request: str, asked: Sequence[LevelNode]) -> tuple[DraftRows, list[int]]:
         """Rows for the nodes just added to a request's text, and the nodes that they answer."""
         text = self._texts[request]

@@ -31,7 +31,7 @@ import numpy as np
 
 from proposers.chance import Chance, request_dice
 from proposers.cost_model import CostModel
-from proposers.gate import Gate
+from proposers.gate import RARELY, Gate
 from proposers.law import DraftLaw
 from proposers.levels import FAIR_DEBT, LevelNode
 from proposers.rsd import grow_stochastic_beam
@@ -126,7 +126,7 @@ class SampledDrafting:
         self._predictor = predictor
         self._seed = seed
         self._adaptive = adaptive
-        self._gate = Gate() if adaptive else None
+        self._gate = Gate(patience=RARELY) if adaptive else None
         self._size = SizeByExpectation((1,) if rule == "block" else _WIDTHS, max_depth)
         self._drawn: dict[str, _Drawn] = {}
 
