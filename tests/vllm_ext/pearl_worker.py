@@ -7,10 +7,12 @@ import os
 from typing import Any
 
 from proposers.overlap import Overlap
+from proposers.pearl import Pearl
 from tests.vllm_ext.draft_worker import DraftWorker
 from vllm_ext.worker import draft_predictor
 
-ORIGINALS = {
+ORIGINALS: dict[str, Any] = {
+    "plan": Pearl.plan,
     "settle": draft_predictor.DraftPredictor.settle,
 }
 
@@ -23,6 +25,11 @@ def _raising(*args: Any) -> Any:
     raise RuntimeError("broken on purpose")
 
 
+def _patient(self: Any, trees: Any, seconds: float) -> bool:
+    """As if every step were long enough: a target that drafts for itself is never fast enough."""
+    return bool(ORIGINALS["plan"](self, trees, 1e9))
+
+
 class PearlWorker(DraftWorker):
     """On machines with one core, too, and however little is hidden there."""
 
@@ -33,6 +40,7 @@ class PearlWorker(DraftWorker):
         if runner.spare_core is None:
             runner.spare_core = max(os.sched_getaffinity(0))
         Overlap.WORTH = -1.0
+        Pearl.plan = _patient  # type: ignore[method-assign]
 
     def break_pearl(self, name: str) -> None:
         """Break one thing; ``none`` repairs everything."""
