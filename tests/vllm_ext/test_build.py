@@ -62,7 +62,7 @@ def table() -> PrimeTable:
     )
 
 
-def drafter(model: Any, method: str, **given: Any) -> Any:
+def drafter(model: Any, method: str, /, **given: Any) -> Any:
     options = parse_options(METHODS[method], {"adaptive": False, **given})
     check_resources(options, model, None)
     resources = load_resources(options, model, None)
