@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 from .vocabulary import Vocabulary
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
-_LAST_OF_A_FINAL_VALUE = b'}]"el'  # brackets, strings, true, false, null
+_CLOSING = b'}]"'
+_LITERAL_ENDS = frozenset(
+    literal[start:] for literal in (b"true", b"false", b"null") for start in range(len(literal))
+)
+_NEVER = 1 << 30
 
 
 def is_final(text: bytes) -> bool:
@@ -37,20 +41,24 @@ class FinishingTokens:
     """The tokens of a vocabulary that might finish a JSON text."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        ids, closers = [], []
+        ids, closers, literal = [], [], []
         for token, text in enumerate(vocabulary.text_tokens):
-            if text and text[-1] in _LAST_OF_A_FINAL_VALUE:
+            ends_literal = text.lstrip(b" \t\r\n") in _LITERAL_ENDS
+            if text and (text[-1] in _CLOSING or ends_literal):
                 ids.append(token)
                 closers.append(text.count(b"}") + text.count(b"]"))
+                literal.append(ends_literal)
         self._ids = np.array(ids, dtype=np.int64)
         self._closers = np.array(closers, dtype=np.int64)
+        # A bare literal finishes a text without brackets only.
+        self._deepest = np.where(np.array(literal, dtype=np.bool_), 0, _NEVER)
 
     def at(self, depth: int) -> NDArray[np.int64]:
         """Return the ids that might finish a text with ``depth`` brackets open.
 
         Every token that finishes one is among them; most of them do not finish a given one.
         """
-        return self._ids[self._closers >= depth]
+        return self._ids[(self._closers >= depth) & (self._deepest >= depth)]
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ from toy_model import BYTES
 
 from logits_processors.bitmask import unpack
 from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
-from logits_processors.json_closing import open_brackets
+from logits_processors.json_closing import finishing_tokens, open_brackets
 from logits_processors.json_validate import compile_json_validate
 from logits_processors.limits import Limits
 from logits_processors.vocabulary import Vocabulary
@@ -89,16 +89,20 @@ WORDS = (
     [bytes([byte]) for byte in range(128)]
     + [b"", b'"}', b"}}", b"]}", b"}]", b'": [', b"},", b"} \n", b"null", b"true}", b"12 ", b" "]
     + [b"[]", b"{}", b'{"a', b'""', b'"]}', b" ]", b"\\u0041", b"}}}", b"1}"]
+    + [b"tr", b"ue", b" nul", b"l", b" false", b"\ntrue", b"le", b"fals", b"e}", b"able"]
 )
 MANY = Vocabulary(tuple(WORDS), (128,))
 SCHEMA = '{"required": ["a"], "properties": {"a": {"uniqueItems": true}}, "not": {"minimum": 3}}'
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 2**16), max_size=14))
-def test_the_mask_is_what_the_checks_say(choices):
-    constraint = compile_json_validate(SCHEMA, MANY).start()
-    interesting = [i for i, word in enumerate(WORDS) if set(word) & set(b'{}[]"a:,1 ntru')]
+SCHEMAS = [SCHEMA, '{"enum": [null, "a", [false]]}', '{"type": "object", "maxProperties": 1}']
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(SCHEMAS), st.lists(st.integers(0, 2**16), max_size=14))
+def test_the_mask_is_what_the_checks_say(schema, choices):
+    constraint = compile_json_validate(schema, MANY).start()
+    interesting = [i for i, word in enumerate(WORDS) if set(word) & set(b'{}[]"a:,1 ntrule')]
     for choice in choices:
         allowed = unpack(constraint.mask(), MANY.size)
         assert allowed.tolist() == [constraint.allows(token) for token in range(MANY.size)]
@@ -112,6 +116,43 @@ def test_a_depth_counts_no_brackets_in_strings():
     assert open_brackets(b'{"a]}": [1, {"b\\"}": "') == 3
     assert open_brackets(b'{"a": "\\') == 1
     assert open_brackets(b'[[], {"x": "["}') == 1
+
+
+def test_few_tokens_can_finish_a_text():
+    """Each is tried with every mask: words that end like a literal must not be among them."""
+    finishing = finishing_tokens(MANY)
+
+    def at(depth):
+        return {WORDS[token] for token in finishing.at(depth).tolist()}
+
+    assert {b"ue", b"l", b" false", b"\ntrue", b"null", b'"', b"}", b"]}"} <= at(0)
+    assert not {b"le", b"able", b"fals", b" nul", b"a", b"1", b" "} & at(0)
+    assert {b"}", b"]}", b"}}"} <= at(1)
+    assert not {b"ue", b"null", b'"'} & at(1)
+    assert at(3) == {b"}}}"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "begins", "does_not"),
+    [
+        ('{"type": "object"}', "{", '["1tn-'),
+        ('{"type": "array", "minItems": 1}', "[", '{"1tn-'),
+        ('{"type": "string"}', '"', "{[1tn-"),
+        ('{"type": "integer"}', '1-{["tn', "}"),
+        ('{"type": ["object", "null"]}', '{["1tn-', "}"),
+        # In this draft a reference stands alone.
+        (
+            '{"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/definitions/x", '
+            '"type": "object", "definitions": {"x": {}}}',
+            '{["1tn-',
+            "}",
+        ),
+    ],
+)
+def test_a_text_of_the_wrong_kind_is_not_begun(schema, begins, does_not):
+    constraint = compile_json_validate(schema, BYTES).start()
+    assert all(constraint.allows(ord(first)) for first in begins)
+    assert not any(constraint.allows(ord(first)) for first in does_not)
 
 
 def test_text_that_is_not_json_is_refused_on_the_way():
