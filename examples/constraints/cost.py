@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+_CALLS = 20_000
 _WITHIN = 4  # times as many rounds, for a smaller difference
 
 
@@ -83,6 +84,7 @@ def main() -> None:
         bare, control = _engine(args, hidden=folder), _engine(args, hidden=folder)
         idle = [_idle(bare, full, control, batch, args) for batch in args.batch]
         within = [_within(full, batch, args) for batch in args.batch]
+        (call,) = full.collective_rpc(_seconds_of_a_call)
         costs = [
             _cost(full, name, keys, batch, args)
             for batch in args.batch
@@ -94,6 +96,7 @@ def main() -> None:
         "rounds": args.rounds,
         "idle": idle,
         "within": within,
+        "idle_call_us": 1e6 * call,
         "costs": costs,
     }
     suite.write_report(args.out, result, "Cost of constraints", _text(result, args))
@@ -211,6 +214,22 @@ def _within(engine: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]
     return {"batch": batch, **_compare(without, having), "control": _compare(having, again)}
 
 
+def _seconds_of_a_call(worker: Any) -> float:
+    """What a step asks of the idle processor, timed alone."""
+    import torch
+
+    from logits_processors.vllm_v1 import V1Processor
+
+    processors = worker.model_runner.input_batch.logitsprocs.non_argmax_invariant
+    (ours,) = (p for p in processors if isinstance(p, V1Processor))
+    logits = torch.zeros(8, 16)
+    begin = time.perf_counter()
+    for _ in range(_CALLS):
+        ours.update_state(None)
+        ours.apply(logits)
+    return float(time.perf_counter() - begin) / _CALLS
+
+
 def _put_processor(worker: Any, present: bool) -> None:
     """Take our processor out of a worker's list, or put it back."""
     from logits_processors.vllm_v1 import V1Processor
@@ -303,6 +322,8 @@ def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
         "constrained; medians of steps, means of paired ratios with 95% bootstrap intervals.\n\n"
         f"## The processor, not used\n\nThree engines:\n\n{idle}\n"
         f"One engine, {_WITHIN * args.rounds} rounds:\n\n{within}\n"
+        f"All that a step asks of the idle processor, timed alone: {result['idle_call_us']:.1f} "
+        f"microseconds (mean of {_CALLS} calls).\n\n"
         f"## Constrained requests\n\n{costs}"
     )
 
