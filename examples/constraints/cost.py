@@ -90,6 +90,8 @@ def main() -> None:
             for batch in args.batch
             for name, keys in CASES.items()
         ]
+        for engine in (full, bare, control):
+            engine.llm_engine.engine_core.shutdown()  # vLLM may wait for them forever otherwise
     environment = suite.environment(args.model, args.dtype)
     result = {
         "environment": environment,
