@@ -60,7 +60,13 @@ def _run(args: argparse.Namespace) -> str:
         dtype=args.dtype,
         enforce_eager=True,
         max_model_len=1024,
-        speculative_config={"method": "pearl", "model": args.draft},
+        # Not adaptive: a draft model that does not pay would soon be left out of the picture.
+        speculative_config={
+            "method": "pearl",
+            "model": args.draft,
+            "adaptive": False,
+            "num_speculative_tokens": 4,
+        },
     )
     params = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
     chats: Any = [[{"role": "user", "content": PROMPT}]] * args.batch
