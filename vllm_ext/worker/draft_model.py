@@ -314,6 +314,8 @@ def _step(
         starts: first row of each.
         always: let tree attention take rows without a tree too.
     """
+    if not always and all(part.tree is None for part in parts):
+        return None
     chains = [TokenTree.chain(part.tokens[1:], [0.0] * (len(part.tokens) - 1)) for part in parts]
     branching = []
     for index, part in enumerate(parts):
@@ -322,8 +324,6 @@ def _step(
             tree = TreeRows.build(index, int(starts[index]), base, part.tree or chains[index])
             tree.first = part.first
             branching.append(tree)
-    if not branching:
-        return None
     rows = np.concatenate([np.arange(t.start, t.start + t.queries) for t in branching])
     attention = AttentionStep(
         branching, torch.from_numpy(rows), len(rows) == int(starts[-1]), keep=False
