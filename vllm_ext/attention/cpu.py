@@ -9,9 +9,12 @@ kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
@@ -34,9 +37,12 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
     Attributes:
         key_layout: set by the worker after probing; ``None`` until then and where trees are
             refused.
+        kernel: the compiled kernel (`cpu_kernel.attend`), where set-up found it right and faster
+            than torch's operators; it knows one layout of keys.
     """
 
     key_layout: KeyLayout | None = None
+    kernel: Callable[..., None] | None = None
 
     def why_no_trees(self) -> str | None:
         """Return why this layer cannot verify trees, or ``None`` if it can."""
@@ -107,6 +113,8 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
             [rows, heads, head_size].
         """
         assert self.key_layout is not None, "tree attention before the key layout was probed"
+        if self.kernel is not None and self.key_layout.transposed:
+            return self._attend_compiled(self.kernel, tree, query, kv_cache, attn_metadata)
         block_size = self.key_layout.block_size
         blocks = -(-(tree.base + tree.size) // block_size)
         table = attn_metadata.block_table[tree.request, :blocks]
@@ -119,6 +127,44 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(
             query.dtype
         )
+
+    def _attend_compiled(
+        self,
+        kernel: Callable[..., None],
+        tree: TreeRows,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+    ) -> torch.Tensor:
+        """As `_attend`, by the compiled kernel; float32 [rows, heads, head_size]."""
+        output = torch.empty(query.shape, dtype=torch.float32)
+        kernel(
+            query.float().contiguous().numpy(),
+            cache_bits(kv_cache),
+            attn_metadata.block_table[tree.request].numpy(),
+            tree.base,
+            tree.visible,
+            tree.depths,
+            tree.first,
+            self.sliding_window,
+            np.float32(self.scale),
+            output.numpy(),
+        )
+        return output
+
+
+def cache_bits(cache: torch.Tensor) -> NDArray[Any]:
+    """A cache of 2 or 4 byte elements as the compiled kernel takes it, without a copy.
+
+    Args:
+        cache: [blocks, kv_heads, block_size, 2 * head_size]; within a block all keys come first.
+
+    Returns:
+        uint16 or uint32 [blocks, kv_heads, 2, block_size * head_size].
+    """
+    integers = torch.uint16 if cache.element_size() == 2 else torch.uint32
+    bits: NDArray[Any] = cache.view(integers).view(*cache.shape[:2], 2, -1).numpy()
+    return bits
 
 
 def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ written through the stock writer into a scratch block and read back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,17 +29,18 @@ class KeyLayout:
         head_size: dimensions of a key.
         order: int64 [block_size * head_size]; place in memory of element ``slot * head_size +
             dim``.
+        transposed: whether a block is stored as [head_size, block_size].
     """
 
     block_size: int
     head_size: int
     order: torch.Tensor
+    transposed: bool = field(init=False)
 
-    @property
-    def transposed(self) -> bool:
-        """Whether a block is stored as [head_size, block_size]."""
+    def __post_init__(self) -> None:
+        """Recognise the common layout once: it is asked for by every layer of every step."""
         expected = torch.arange(len(self.order)).view(self.head_size, self.block_size).T
-        return torch.equal(self.order, expected.flatten())
+        object.__setattr__(self, "transposed", torch.equal(self.order, expected.flatten()))
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys in slot order.

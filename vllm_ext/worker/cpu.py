@@ -15,7 +15,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_ext import hooks
-from vllm_ext.attention.setup import set_up_tree_attention
+from vllm_ext.attention.setup import describe_tree_attention, set_up_tree_attention
 from vllm_ext.config import read_cores
 from vllm_ext.worker.beside import free_cores
 from vllm_ext.worker.runner import TreeRunnerMixin
@@ -71,7 +71,8 @@ class TreeCPUWorker(CPUWorker):
             runner.trees_refused = set_up_tree_attention(runner)
             prior = runner.measure_forward(CALIBRATION_ROWS)
             runner.start_drafting(prior)
-            runner.announce("CPU_ATTN with tree rows", prior)
+            rows = describe_tree_attention(runner)
+            runner.announce(f"CPU_ATTN with tree rows ({rows})", prior)
         return result
 
 
