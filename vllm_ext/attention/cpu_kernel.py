@@ -18,57 +18,19 @@ two rows at a time, and offsets into one array rather than several arrays that m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate
 
 TILE = 64
 """Slots per tile, and columns of a head per accumulator."""
 
 _MASKED = np.float32(-1e30)
-_LOWEST = np.float32(-87.0)  # below it exp is no normal number; such weights are dropped
-_ONE = np.float32(1.0)
-_ZERO = np.float32(0.0)
-
-# exp(x) = 2^k exp(r), |r| <= ln(2) / 2; ln(2) in two parts; the polynomial is that of Cephes' expf.
-_LOG2_E = np.float32(1.44269504088896341)
-_HALF = np.float32(0.5)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-_P0 = np.float32(1.9875691500e-4)
-_P1 = np.float32(1.3981999507e-3)
-_P2 = np.float32(8.3334519073e-3)
-_P3 = np.float32(4.1665795894e-2)
-_P4 = np.float32(1.6666665459e-1)
-_P5 = np.float32(5.0000001201e-1)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    # Sums may be reordered; infinities do not occur.
-    fast = {"contract", "nsz", "arcp", "reassoc"}
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(function)
-
-
-@_compiled
-def _copy_bits(
-    to: Any, to_start: int, to_pitch: int, of: Any, of_start: int, of_pitch: int, rows: int, n: int
-) -> None:
-    """Copy ``rows`` runs of ``n`` elements as bits of float32; a bfloat16 is their upper half."""
-    narrow = of.itemsize == 2
-    for row in range(rows):
-        # Unsigned, or Numba provides for negative indices and LLVM cannot vectorise.
-        t, o = np.uintp(to_start + row * to_pitch), np.uintp(of_start + row * of_pitch)
-        if narrow:
-            for j in range(np.uintp(n)):
-                to[t + j] = np.uint32(of[o + j]) << 16
-        else:
-            for j in range(np.uintp(n)):
-                to[t + j] = of[o + j]
-
-
-@_compiled
+@compiled
 def _load(
     keys: Any, values: Any, cache: Any, table: Any, head: int, head_size: int, start: int, n: int
 ) -> None:
@@ -90,14 +52,14 @@ def _load(
         offset = (start + done) % block_size
         run = min(block_size - offset, n - done)
         block = cache[table[(start + done) // block_size], head]
-        _copy_bits(keys, done, TILE, block[0], offset, block_size, head_size, run)
+        copy_bits(keys, done, TILE, block[0], offset, block_size, head_size, run)
         for d in range(0, head_size, TILE):
             to, width = (d + done) * TILE, min(TILE, head_size - d)
-            _copy_bits(values, to, TILE, block[1], offset * head_size + d, head_size, run, width)
+            copy_bits(values, to, TILE, block[1], offset * head_size + d, head_size, run, width)
         done += run
 
 
-@_compiled
+@compiled
 def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> None:
     """``out [2, TILE] += left [2, pitch][:, :inner] @ right [inner, TILE]``; inner in fours."""
     for i in range(0, inner, 4):
@@ -111,25 +73,7 @@ def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> N
             out[TILE + j] = out[TILE + j] + b0 * r0 + b1 * r1 + b2 * r2 + b3 * r3
 
 
-@_compiled
-def _exponentiate(scores: Any, highest: Any, powers: Any) -> Any:
-    """Replace TILE scores by ``exp(score - highest)`` and return their sum."""
-    factors = powers.view(np.float32)
-    for j in range(TILE):
-        x = max(scores[j] - highest, _LOWEST)
-        k = np.int32(x * _LOG2_E - _HALF)  # truncation rounds to nearest: x is not positive
-        r = x - np.float32(k) * _LN2_HIGH - np.float32(k) * _LN2_LOW
-        y = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-        scores[j] = y * r * r + r + _ONE if x > _LOWEST else _ZERO
-        powers[j] = (k + np.int32(127)) << np.int32(23)  # the bits of 2^k
-    total = _ZERO
-    for j in range(TILE):
-        scores[j] *= factors[j]
-        total += scores[j]
-    return total
-
-
-@_compiled
+@compiled
 def _mask(
     scores: Any, row: int, base: int, visible: Any, depths: Any, window: int, start: int, n: int
 ) -> None:
@@ -146,7 +90,7 @@ def _mask(
                 scores[j] = _MASKED
 
 
-@_compiled
+@compiled
 def attend(
     query: Any,
     cache: Any,
@@ -201,14 +145,14 @@ def attend(
             for d in range(head_size):
                 element = query[m // group, head * group + m % group, d]
                 queries[m // 2, m % 2 * head_size + d] = element * scale
-        sums[:] = _ZERO
+        sums[:] = ZERO
         highest[:] = _MASKED
-        weight[:] = _ZERO
+        weight[:] = ZERO
         for start in range(begin, total, TILE):
             n = min(TILE, total - start)
             _load(key_bits, value_bits, cache, table, head, head_size, start, n)
             for pair in range(pairs):
-                scores[pair] = _ZERO
+                scores[pair] = ZERO
                 _multiply_pair(scores[pair], queries[pair], head_size, head_size, keys)
             for m in range(2 * pairs):
                 mine = scores[m // 2, m % 2 * TILE : m % 2 * TILE + TILE]
@@ -224,14 +168,14 @@ def attend(
                     for chunk in range(chunks):
                         sums[m // 2, chunk, m % 2 * TILE : m % 2 * TILE + TILE] *= shrink
                     highest[m] = top
-                weight[m] += _exponentiate(mine, top, powers)
+                weight[m] += exponentiate(mine, top, powers)
             inner = (n + 3) // 4 * 4
             for pair in range(pairs):
                 for chunk in range(chunks):
                     part = values[chunk * TILE * TILE : (chunk + 1) * TILE * TILE]
                     _multiply_pair(sums[pair, chunk], scores[pair], TILE, inner, part)
         for m in range(count):
-            scaling = _ONE / weight[m]
+            scaling = ONE / weight[m]
             for d in range(head_size):
                 summed = sums[m // 2, d // TILE, m % 2 * TILE + d % TILE]
                 out[m // group, head * group + m % group, d] = summed * scaling

@@ -7,6 +7,9 @@ are as good as any (Token Recycling, arXiv 2408.08696).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 _CHUNK = 64
@@ -29,6 +32,14 @@ def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     Returns:
         ids int64 [rows, k] and softmax probabilities float32 [rows, k], most likely first.
     """
+    kernel = _kernel() if logits.is_cpu and logits.shape[1] >= _SMALL else None
+    if kernel is not None and logits.dtype in (torch.float32, torch.bfloat16):
+        ids = torch.empty((len(logits), k), dtype=torch.int64)
+        probs = torch.empty((len(logits), k), dtype=torch.float32)
+        integers = torch.uint32 if logits.dtype == torch.float32 else torch.uint16
+        bits = logits.contiguous().view(integers).numpy()
+        kernel(bits, _STRIDE, ids.numpy(), probs.numpy())
+        return ids, probs
     logits = logits.float()
     ids, values = _top_k(logits, k)
     if not logits.is_cpu or logits.shape[1] < _SMALL:
@@ -39,6 +50,17 @@ def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     counted = torch.where(ids % _STRIDE == 0, top, 0.0).sum(dim=-1, keepdim=True)
     normaliser = top.sum(dim=-1, keepdim=True) + _STRIDE * (sampled - counted).clamp_(min=0.0)
     return ids, top / normaliser
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled form, or ``None`` where there is no Numba or no place for what it compiles."""
+    try:
+        from vllm_ext.worker.observe_kernel import top_rows
+    except Exception:
+        return None
+    kernel: Callable[..., None] = top_rows
+    return kernel
 
 
 def _top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

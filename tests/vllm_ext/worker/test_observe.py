@@ -6,7 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_ext.worker import observe
 from vllm_ext.worker.observe import top_candidates
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the compiled kernel, for the larger vocabularies, and without it."""
+    assert observe._kernel() is not None
+    monkeypatch.setattr(observe, "_SMALL", 4096)
+    if request.param == "torch":
+        monkeypatch.setattr(observe, "_kernel", lambda: None)
 
 
 @pytest.mark.parametrize("vocab", [96, 1000, 4096, 49152, 50257])
@@ -43,3 +53,14 @@ def test_a_certain_token_has_probability_one() -> None:
         logits = torch.zeros(1, 4096)
         logits[0, token] = 60.0
         assert float(top_candidates(logits, 8)[1][0, 0]) == pytest.approx(1.0)
+
+
+def test_tokens_that_a_grammar_forbids() -> None:
+    logits = torch.full((2, 20000), float("-inf"))
+    logits[0, [3, 9000, 19999]] = torch.tensor([1.0, 3.0, 2.0])
+    logits[1, 7] = -5.0
+    ids, probs = top_candidates(logits, 8)
+    assert ids[0, :3].tolist() == [9000, 19999, 3]
+    assert ids[1, 0] == 7
+    assert probs[0, 3:].tolist() == [0.0] * 5
+    assert probs[1].tolist() == [1.0] + [0.0] * 7
