@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of tree attention a layer gets."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vllm_ext.attention.cpu_layer import make_layer
+from vllm_ext.attention import cpu_kernel, setup
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> Any:
+    """A layer after set-up, where torch and the compiled kernel take these times."""
+    monkeypatch.setattr(setup, "seconds_per_call", lambda *args: seconds.pop(0))
+    layer = make_layer(torch.float32, 32)
+    assert setup._set_up_layer(layer, {}) is None
+    return layer
+
+
+def test_the_compiled_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is cpu_kernel.attend
+
+
+def test_torch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set_up(monkeypatch, [1.0, 2.0]).impl.kernel is None
+
+
+def test_torch_where_the_compiled_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> None:
+        cpu_kernel_attend(*args)
+        args[-1][-1] += 0.1
+
+    cpu_kernel_attend = cpu_kernel.attend
+    monkeypatch.setattr(cpu_kernel, "attend", wrong)
+    assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is None
+
+
+def test_torch_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_ext.attention.cpu_kernel", None)
+    assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is None
+
+
+def test_layers_of_a_kind_share_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "seconds_per_call", lambda *args, times=[2.0, 1.0]: times.pop(0))
+    tested: dict[tuple[Any, ...], Any] = {}
+    layers = [make_layer(torch.float32, 32) for _ in range(2)]
+    for layer in layers:
+        assert setup._set_up_layer(layer, tested) is None
+    assert all(layer.impl.kernel is cpu_kernel.attend for layer in layers)
