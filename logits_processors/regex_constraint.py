@@ -106,8 +106,8 @@ def compile_regex(
     """Compile an expression.
 
     Raises:
-        ConstraintError: a syntax error with its line and column, a limit, reverse matching (``(?r)``,
-            whose partial matches are not prefixes), or a refusal of the empty prefix.
+        ConstraintError: a syntax error with its line and column, a limit, reverse matching
+            (``(?r)``, whose partial matches are not prefixes), or a refusal of the empty prefix.
     """
     check_source(source, "regex", limits)
     language = RegexLanguage(source, limits.check_seconds)
