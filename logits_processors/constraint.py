@@ -125,6 +125,13 @@ def refuse_if_empty(compiled: CompiledConstraint, what: str) -> None:
         )
 
 
+def place(source: str, offset: int) -> str:
+    """Return where the character at ``offset`` of ``source`` stands, in the words of messages."""
+    line_start = source.rfind("\n", 0, offset) + 1
+    line = source.count("\n", 0, line_start) + 1
+    return f"line {line}, column {offset - line_start + 1}"
+
+
 def constraint_key(vocabulary: Vocabulary, *parts: str) -> str:
     """Return the hex digest that names the constraint ``parts`` over ``vocabulary``."""
     text = json.dumps([vocabulary.digest, *parts])

@@ -8,6 +8,7 @@ generating.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -25,8 +26,11 @@ from .constraint import (
     constraint_key,
     refuse_if_empty,
 )
+from .lark_productivity import generates_nothing
 from .limits import DEFAULT_LIMITS, Limits, check_source
 from .vocabulary import Vocabulary
+
+_PLACE = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
 
 
 class LLGuidanceConstraint(Constraint):
@@ -111,7 +115,7 @@ class LLGuidanceConstraint(Constraint):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintRuntimeError(f"lark: {_first_line(self._matcher.get_error())}")
+            raise ConstraintRuntimeError(f"lark: {_explain(self._matcher.get_error())}")
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,9 @@ def _tokenizer(vocabulary: Vocabulary) -> Any:
     )
 
 
-def _first_line(message: str) -> str:
-    return message.split("\n<state>")[0].strip()
+def _explain(message: str) -> str:
+    message = message.split("\n<state>")[0].strip()
+    return _PLACE.sub(r"line \1, column \2: ", message, count=1)
 
 
 def compile_lark(
@@ -169,7 +174,12 @@ def compile_lark(
         _tokenizer(vocabulary), llguidance.LLMatcher.grammar_from_lark(source), log_level=0
     )
     if matcher.is_error():
-        raise ConstraintError(f"lark: {_first_line(matcher.get_error())}")
+        raise ConstraintError(f"lark: {_explain(matcher.get_error())}")
+    if generates_nothing(source):
+        raise ConstraintError(
+            "lark: no finite text belongs to the language, its recursion never ends; give the "
+            "recursive rule an alternative without itself"
+        )
     key = constraint_key(vocabulary, "lark", source)
     compiled = CompiledLark(matcher, vocabulary, key)
     try:

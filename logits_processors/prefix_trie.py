@@ -105,14 +105,25 @@ class PrefixTrie:
         if node.parent is not None:
             self._update(node.parent)
 
+    def recompute(self) -> None:
+        """Recompute ``c`` of every node from the edges and rests, leaves first."""
+        for node in reversed(list(self)):
+            node.log_live = _bound(node)
+
     def _update(self, node: Node) -> None:
         """Recompute ``c`` from ``node`` up to the root."""
         current: Node | None = node
         while current is not None and current.log_rest is not None:
-            terms = [child.log_edge + child.log_live for child in current.children.values()]
-            terms.append(current.log_rest)
-            current.log_live = min(0.0, logsumexp(np.array(terms)))
+            current.log_live = _bound(current)
             current = current.parent
+
+
+def _bound(node: Node) -> float:
+    """Return ``log c`` of ``node`` by the bounds of its children."""
+    if node.log_rest is None:
+        return 0.0
+    terms = [child.log_edge + child.log_live for child in node.children.values()]
+    return min(0.0, logsumexp(np.array([*terms, node.log_rest])))
 
 
 def bound_children(

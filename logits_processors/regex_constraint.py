@@ -14,7 +14,7 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
-from .constraint import ConstraintError, ConstraintRuntimeError, constraint_key
+from .constraint import ConstraintError, ConstraintRuntimeError, constraint_key, place
 from .limits import DEFAULT_LIMITS, Limits, check_source
 from .relaxation import without_look_around
 from .text_constraint import CompiledTextConstraint
@@ -106,15 +106,16 @@ def compile_regex(
     """Compile an expression.
 
     Raises:
-        ConstraintError: a syntax error with its position, a limit, reverse matching (``(?r)``,
-            whose partial matches are not prefixes), or a refusal of the empty prefix.
+        ConstraintError: a syntax error with its line and column, a limit, reverse matching
+            (``(?r)``, whose partial matches are not prefixes), or a refusal of the empty prefix.
     """
     check_source(source, "regex", limits)
     language = RegexLanguage(source, limits.check_seconds)
     try:
         flags = language._pattern.flags
     except regex.error as error:
-        raise ConstraintError(f"regex {source!r}: {error.msg} at position {error.pos}") from error
+        where = place(source, error.pos or 0)
+        raise ConstraintError(f"regex {source!r}: {error.msg} at {where}") from error
     except (RecursionError, OverflowError, MemoryError) as error:
         raise ConstraintError(f"regex {source!r} is too large to compile") from error
     if flags & regex.REVERSE:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from .law import SamplingLaw
 from .prefix_trie import Node, PrefixTrie
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = {
     "parent": np.int64,
     "token": np.int64,
     "log_edge": np.float64,
-    "log_live": np.float64,
     "log_rest": np.float64,
 }
+_ROUNDING = 1e-6
 
 
 def trie_key(
@@ -82,14 +82,19 @@ class TrieStore:
 
 
 def save_trie(trie: PrefixTrie, key: str, path: Path) -> None:
-    """Write a trie as a compressed ``.npz`` of plain arrays, replacing ``path`` at once."""
+    """Write a trie as a compressed ``.npz`` of plain arrays, replacing ``path`` at once.
+
+    Args:
+        trie: what was learnt.
+        key: its :func:`trie_key`.
+        path: the file.
+    """
     nodes = list(trie)
     index = {id(node): i for i, node in enumerate(nodes)}
     columns = {
         "parent": [-1 if n.parent is None else index[id(n.parent)] for n in nodes],
         "token": [n.token for n in nodes],
         "log_edge": [n.log_edge for n in nodes],
-        "log_live": [n.log_live for n in nodes],
         "log_rest": [math.nan if n.log_rest is None else n.log_rest for n in nodes],
     }
     header = json.dumps({"format": _FORMAT, "key": key, "max_nodes": trie.max_nodes})
@@ -107,6 +112,12 @@ def save_trie(trie: PrefixTrie, key: str, path: Path) -> None:
 def load_trie(path: Path, key: str) -> PrefixTrie:
     """Read a trie written by :func:`save_trie`; nothing in the file is executed.
 
+    Bounds are computed afresh from the masses in the file, which have to fit together.
+
+    Args:
+        path: the file.
+        key: the :func:`trie_key` that it has to be of.
+
     Raises:
         ValueError: not such a file, another key, or contents that no trie can have.
     """
@@ -114,26 +125,24 @@ def load_trie(path: Path, key: str) -> PrefixTrie:
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             columns = {name: file[name] for name in _ARRAYS}
-    except (OSError, KeyError, ValueError) as error:
+            layout, saved_key, max_nodes = (header[name] for name in ("format", "key", "max_nodes"))
+    except Exception as error:  # what a broken file raises depends on where it is broken
         raise ValueError(
-            f"{path}: not a saved trie ({error}); delete it to start afresh"
+            f"{path}: not a saved trie ({type(error).__name__}: {error}); delete it to start afresh"
         ) from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path}: format {header.get('format')!r}, readable is {_FORMAT}")
-    if header.get("key") != key:
+    if layout != _FORMAT:
+        raise ValueError(f"{path}: format {layout!r}, readable is {_FORMAT}")
+    if saved_key != key:
         raise ValueError(
-            f"{path}: saved for key {header.get('key')!r}, wanted {key!r}; a trie holds for one "
+            f"{path}: saved for key {saved_key!r}, wanted {key!r}; a trie holds for one "
             "model, prompt, constraint and sampling law only"
         )
-    size = columns["parent"].size
-    if any(column.shape != (size,) for column in columns.values()) or not size:
-        raise ValueError(f"{path}: arrays of different length")
-    if any(columns[name].dtype != dtype for name, dtype in _ARRAYS.items()):
-        raise ValueError(f"{path}: arrays of an unexpected type")
-    trie = PrefixTrie(int(header["max_nodes"]))
-    _check_columns(path, columns, trie.max_nodes)
+    if type(max_nodes) is not int or max_nodes < 1:
+        raise ValueError(f"{path}: max_nodes={max_nodes!r}; a positive integer is allowed")
+    _check_columns(path, columns, max_nodes)
+    trie = PrefixTrie(max_nodes)
     nodes = [trie.root]
-    for i in range(size):
+    for i, rest in enumerate(columns["log_rest"].tolist()):
         if i:
             parent = nodes[int(columns["parent"][i])]
             node = Node(parent, int(columns["token"][i]), float(columns["log_edge"][i]))
@@ -141,23 +150,33 @@ def load_trie(path: Path, key: str) -> PrefixTrie:
                 raise ValueError(f"{path}: node {i} repeats a prefix")
             parent.children[node.token] = node
             nodes.append(node)
-        nodes[i].log_live = float(columns["log_live"][i])
-        rest = float(columns["log_rest"][i])
         nodes[i].log_rest = None if math.isnan(rest) else rest
-    trie.num_nodes = size
+    trie.num_nodes = len(nodes)
+    trie.recompute()
     return trie
 
 
 def _check_columns(path: Path, columns: dict[str, NDArray[Any]], max_nodes: int) -> None:
     """Raise ``ValueError`` unless the arrays describe a trie with parents before children."""
-    parent, size = columns["parent"], columns["parent"].size
+    parent, edge, rest = columns["parent"], columns["log_edge"], columns["log_rest"]
+    size = parent.size
+    if any(column.shape != (size,) for column in columns.values()) or not size:
+        raise ValueError(f"{path}: arrays of different length")
+    if any(columns[name].dtype != dtype for name, dtype in _ARRAYS.items()):
+        raise ValueError(f"{path}: arrays of an unexpected type")
     if size > max_nodes:
         raise ValueError(f"{path}: {size} nodes, its own bound is {max_nodes}")
     if parent[0] != -1 or (parent[1:] < 0).any() or (parent[1:] >= np.arange(1, size)).any():
         raise ValueError(f"{path}: a node comes before its parent")
     if (columns["token"][1:] < 0).any():
         raise ValueError(f"{path}: a negative token")
-    for name in ("log_edge", "log_live", "log_rest"):
-        values = columns[name]
-        if (values > 0.0).any() or (name != "log_rest" and np.isnan(values).any()):
-            raise ValueError(f"{path}: {name} holds what is no log probability")
+    if (edge > 0.0).any() or np.isnan(edge).any():
+        raise ValueError(f"{path}: log_edge holds what is no log probability")
+    if (rest > 0.0).any():
+        raise ValueError(f"{path}: log_rest holds what is no log probability")
+    if np.isnan(rest[parent[1:]]).any():
+        raise ValueError(f"{path}: a node has children and was never visited")
+    mass = np.exp(rest)
+    np.add.at(mass, parent[1:], np.exp(edge[1:]))
+    if (mass > 1.0 + _ROUNDING).any():
+        raise ValueError(f"{path}: the probabilities after a prefix exceed 1")

@@ -33,6 +33,7 @@ from .vocabulary import Vocabulary
 
 _START_SECONDS = 120.0
 _WALK_TOKENS = 64
+_ALMOST_ONE = np.nextafter(1.0, 0.0)
 _OUT_OF_MEMORY = "bad_alloc"
 _STATM = Path("/proc/self/statm")
 
@@ -166,9 +167,11 @@ def _serve() -> None:
 def _rehearse(compiled: CompiledConstraint) -> None:
     """Walk some tokens; constraints without a cheap mask bound their own checks by time.
 
-    One walk repeats the first allowed token, which is what makes ambiguity explode; one varies.
+    Two walks repeat the first and the last allowed token, for repetition is what makes ambiguity
+    explode; one varies. What explodes elsewhere is ended while generating, by ``check_seconds``.
     """
-    for noise in (np.zeros(_WALK_TOKENS), uniforms(seed=0, position=0, count=_WALK_TOKENS)):
+    varied = uniforms(seed=0, position=0, count=_WALK_TOKENS)
+    for noise in (np.zeros(_WALK_TOKENS), np.full(_WALK_TOKENS, _ALMOST_ONE), varied):
         constraint = compiled.start()
         for uniform in noise:
             mask = constraint.mask()

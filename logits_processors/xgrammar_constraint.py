@@ -25,6 +25,7 @@ from .constraint import (
     ConstraintRuntimeError,
     check_rollback,
     constraint_key,
+    place,
     refuse_if_empty,
 )
 from .limits import DEFAULT_LIMITS, Limits, check_source
@@ -34,6 +35,8 @@ from .vocabulary import Vocabulary
 Kind: TypeAlias = Literal["json_schema", "ebnf", "regex", "structural_tag"]
 
 _LOG_PREFIX = re.compile(r"\[\d\d:\d\d:\d\d\] \S+?:\d+: (Check failed: .*? is false: )?")
+_REGEX_POSITION = re.compile(r"position (\d+)")
+_GRAMMAR_OF_REGEX = re.compile(r"EBNF parser error at line \d+, column \d+: ")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _KNOWN_ESCAPES = "abcdDefnrsStuvwWx"  # xgrammar takes any other letter for itself, with a log line
 
@@ -169,11 +172,21 @@ def _refuse_unknown_escapes(expression: str) -> None:
         letter = escape.group(1)
         if letter.isascii() and letter.isalpha() and letter not in _KNOWN_ESCAPES:
             raise ConstraintError(
-                f"regex: \\{letter} at position {escape.start()} is unknown to xgrammar, which "
-                f"would match the letter {letter!r} itself; known are "
+                f"regex: \\{letter} at {place(expression, escape.start())} is unknown to xgrammar, "
+                f"which would match the letter {letter!r} itself; known are "
                 f"{' '.join(chr(92) + known for known in _KNOWN_ESCAPES)}. The kind regex_partial "
                 "takes all of the `regex` package's syntax"
             )
+
+
+def _explain(error: Exception, kind: Kind, source: str) -> str:
+    """Return xgrammar's message, with places in what the request holds."""
+    message = " ".join(_LOG_PREFIX.sub("", str(error)).split())
+    if kind != "regex":
+        return message
+    # A place in the grammar that xgrammar made of an expression says nothing about the expression.
+    message = _GRAMMAR_OF_REGEX.sub("", message)
+    return _REGEX_POSITION.sub(lambda found: place(source, int(found[1]) - 1), message, count=1)
 
 
 def compile_xgrammar(
@@ -212,8 +225,7 @@ def compile_xgrammar(
     try:
         grammar = compilers[kind](source)
     except (RuntimeError, ValueError, TypeError) as error:
-        message = " ".join(_LOG_PREFIX.sub("", str(error)).split())
-        raise ConstraintError(f"{kind}: {message}") from error
+        raise ConstraintError(f"{kind}: {_explain(error, kind, source)}") from error
     if generates_nothing(grammar.grammar.serialize_json()):
         raise ConstraintError(
             f"{kind}: no finite text belongs to the language, its recursion never ends; give the "

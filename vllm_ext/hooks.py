@@ -429,6 +429,14 @@ CONSTRAINTS = (
         "LogitsProcessor.validate_params is told the model and the configuration",
     ),
     Hook(
+        "admission-async",
+        "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+        ("self", "request_id", "prompt", "params"),
+        "waits for a constraint's compilation before the validator asks for the result, which "
+        "would hold up the event loop",
+        "vLLM validates requests off the event loop",
+    ),
+    Hook(
         "records",
         "vllm.v1.worker.worker_base:WorkerBase",
         None,

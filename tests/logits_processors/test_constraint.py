@@ -11,7 +11,13 @@ from toy_model import BYTES, SetConstraint
 
 from logits_processors.bitmask import unpack
 from logits_processors.compilation import Spec, compile_constraint
-from logits_processors.constraint import CompiledConstraint, Constraint, refuse_if_empty, scan
+from logits_processors.constraint import (
+    CompiledConstraint,
+    Constraint,
+    place,
+    refuse_if_empty,
+    scan,
+)
 from logits_processors.predicate import compile_predicate
 from logits_processors.vocabulary import Vocabulary
 
@@ -244,3 +250,17 @@ def test_empty_mask_is_refused():
 
     with pytest.raises(ValueError, match="allows no first token"):
         refuse_if_empty(Nothing(), "nothing")
+
+
+@pytest.mark.parametrize(
+    ("source", "offset", "expected"),
+    [
+        ("abc", 0, "line 1, column 1"),
+        ("abc", 3, "line 1, column 4"),
+        ("a\nbc", 1, "line 1, column 2"),
+        ("a\nbc", 2, "line 2, column 1"),
+        ("\n\n", 2, "line 3, column 1"),
+    ],
+)
+def test_a_place_in_a_text(source, offset, expected):
+    assert place(source, offset) == expected

@@ -96,7 +96,8 @@ def test_back_references_are_followed():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(a", "position 2"),
+        ("(a", "line 1, column 3"),
+        ("a\nb[c", "line 2, column 4"),
         ("(?r)ab", "matches from the end"),
         ("", "empty"),
         ("(" * 300 + ")" * 300, "max_depth"),

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import pickle
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toy_model import GRAMMAR, TINY, ToyModel, generate
 
 from logits_processors.asap import Asap
@@ -62,8 +65,11 @@ def test_another_key_or_file_is_refused(trie, tmp_path):
         ("parent", 1, -3, "before its parent"),
         ("token", 2, -5, "negative token"),
         ("log_edge", 1, 0.5, "log_edge"),
-        ("log_live", 1, float("nan"), "log_live"),
+        ("log_edge", 1, float("nan"), "log_edge"),
+        ("log_edge", slice(None), 0.0, "exceed 1"),
         ("log_rest", 1, 2.0, "log_rest"),
+        ("log_rest", 0, 0.0, "exceed 1"),
+        ("log_rest", 0, float("nan"), "never visited"),
     ],
 )
 def test_impossible_contents_are_refused(trie, tmp_path, name, index, value, message):
@@ -77,6 +83,125 @@ def test_impossible_contents_are_refused(trie, tmp_path, name, index, value, mes
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=message):
         load_trie(path, "key")
+
+
+def saved(trie, folder):
+    path = folder / "trie.npz"
+    save_trie(trie, "key", path)
+    with np.load(path) as file:
+        return path, {key: file[key].copy() for key in file.files if key != "allow_pickle"}
+
+
+def test_bounds_in_a_file_are_not_believed(trie, tmp_path):
+    """Neither a bound of its own nor, as a control, fewer masses than there are."""
+    path, arrays = saved(trie, tmp_path)
+    dead = np.full(arrays["parent"].size, -np.inf)
+    np.savez(path, **arrays, log_live=dead)
+    assert contents(load_trie(path, "key").root) == contents(trie.root)
+    assert trie.root.log_live > -np.inf
+    np.savez(path, **{**arrays, "log_rest": np.where(np.isnan(arrays["log_rest"]), np.nan, dead)})
+    assert load_trie(path, "key").root.log_live < trie.root.log_live
+
+
+def _npy(value):
+    file = io.BytesIO()
+    np.save(file, value)
+    return file.getvalue()
+
+
+def _npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"text",
+        b"PK\x03\x04",
+        pickle.dumps({"header": 1}),
+        _npy(np.zeros(3)),
+        _npy(np.array(5)),
+        _npz(),
+        _npz(other=np.zeros(3)),
+        _npz(header=np.zeros(3)),
+    ],
+)
+def test_files_of_other_kinds_are_refused(data, tmp_path):
+    path = tmp_path / "trie.npz"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="not a saved trie"):
+        load_trie(path, "key")
+    with pytest.raises(ValueError, match="not a saved trie"):
+        load_trie(tmp_path, "key")  # a folder
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[]", "not a saved trie"),
+        ("null", "not a saved trie"),
+        ("5", "not a saved trie"),
+        ('"text"', "not a saved trie"),
+        ("{", "not a saved trie"),
+        ("{}", "not a saved trie"),
+        ("[" * 100_000, "not a saved trie"),
+        ('{"format": 1, "key": "key", "max_nodes": 50}', "format 1"),
+        ('{"format": [2], "key": "key", "max_nodes": 50}', "format"),
+        ('{"format": 2, "key": ["key"], "max_nodes": 50}', "saved for key"),
+        ('{"format": 2, "key": "key", "max_nodes": "50"}', "max_nodes='50'"),
+        ('{"format": 2, "key": "key", "max_nodes": null}', "max_nodes"),
+        ('{"format": 2, "key": "key", "max_nodes": true}', "max_nodes"),
+        ('{"format": 2, "key": "key", "max_nodes": 1e999}', "max_nodes"),
+        ('{"format": 2, "key": "key", "max_nodes": 0}', "max_nodes=0"),
+    ],
+)
+def test_bad_headers_are_refused(trie, tmp_path, header, message):
+    path, arrays = saved(trie, tmp_path)
+    np.savez(path, **{**arrays, "header": np.frombuffer(header.encode(), dtype=np.uint8)})
+    with pytest.raises(ValueError, match=message):
+        load_trie(path, "key")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": np.zeros(3, dtype=np.int64)},
+        {"token": np.zeros((2, 2), dtype=np.int64)},
+        {"parent": np.array(-1)},
+        {"parent": np.zeros(0, dtype=np.int64)},
+        {"log_edge": np.array(["a"])},
+        {"log_rest": np.zeros(3, dtype=complex)},
+    ],
+)
+def test_arrays_of_other_shapes_and_types_are_refused(trie, tmp_path, change):
+    path, arrays = saved(trie, tmp_path)
+    np.savez(path, **{**arrays, **change})
+    with pytest.raises(ValueError, match="arrays of"):
+        load_trie(path, "key")
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_files_raise_nothing_else(trie, tmp_path, data):
+    """And what still loads is what was saved."""
+    path = tmp_path / "trie.npz"
+    save_trie(trie, "key", path)
+    damaged = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] ^= data.draw(st.integers(1, 255))
+    del damaged[data.draw(st.integers(0, len(damaged))) or len(damaged) :]
+    path.write_bytes(bytes(damaged))
+    try:
+        loaded = load_trie(path, "key")
+    except ValueError:
+        return
+    assert contents(loaded.root) == contents(trie.root)
 
 
 def test_more_nodes_than_the_bound_or_repeated_prefixes_are_refused(trie, tmp_path):

@@ -55,6 +55,8 @@ def test_a_child_that_died_in_between_is_replaced(vetter):
     ("kind", "source"),
     [
         ("ebnf", AMBIGUOUS),
+        # The first allowed token is the one that ends it.
+        ("ebnf", AMBIGUOUS.replace('"b"', '"0"')),
         pytest.param("ebnf", NESTED, marks=pytest.mark.slow),
     ],
 )

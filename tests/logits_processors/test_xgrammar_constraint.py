@@ -17,7 +17,10 @@ from logits_processors.xgrammar_constraint import compile_xgrammar
     [
         ("ebnf", 'root := "a"', "line 1, column 6"),
         ("ebnf", "root ::= foo", 'line 1, column 10: Rule "foo" is not defined'),
-        ("regex", "(a", "position 3: The parenthesis is not closed"),
+        ("regex", "(a", "at line 1, column 3: The parenthesis is not closed"),
+        ("regex", "é\n(a", "at line 2, column 3: The parenthesis is not closed"),
+        ("regex", "*a", "^regex: Expect element, but got"),
+        ("regex", "a\nb\\q", "at line 2, column 2 is unknown"),
         ("regex", "a(?=b)", "Lookahead"),
         ("json_schema", "{", "not valid JSON.*line 1 column 2"),
         ("json_schema", '{"type": "foo"}', 'Unsupported type "foo"'),

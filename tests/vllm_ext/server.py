@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import vllm
 
 MAX_LEN = 2304
 START_SECONDS = 240
 MODEL = "tiny"
+# Routes for tokens; vLLM 0.31 has no such switch.
+SCALE_OUT = () if vllm.__version__.startswith("0.31") else ("--enable-scale-out",)
 
 
 def serve_command(model: Path, speculative: dict[str, Any], *more: str) -> list[str]:
@@ -93,7 +96,9 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
     speculative = {"method": "dyspec", "num_speculative_tokens": 8, "prime": "background"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            serve_command(model, speculative, "--host", "127.0.0.1", "--port", str(port)),
+            serve_command(
+                model, speculative, "--host", "127.0.0.1", "--port", str(port), *SCALE_OUT
+            ),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={

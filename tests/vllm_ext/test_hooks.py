@@ -108,6 +108,8 @@ ANCHORS = [
     ),
     # Bookkeeping reads the tokens on the host, wherever we leave them.
     ("vllm.v1.sample.rejection_sampler:RejectionSampler.parse_output", "output_token_ids.cpu()"),
+    # The validator runs inside the coroutine that we wait before.
+    ("vllm.v1.engine.async_llm:AsyncLLM.add_request", "self.input_processor.process_inputs("),
     # The sampler reads history, not drafts, unless it samples a bonus token.
     ("vllm.v1.sample.sampler:Sampler.apply_logits_processors", "if predict_bonus_token and"),
 ]

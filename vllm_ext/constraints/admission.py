@@ -4,7 +4,9 @@
 vLLM asks each processor class to validate the parameters of a request, but tells it neither the
 model nor the configuration. So the validator that the front end builds is extended by one that
 knows both: it compiles each new constraint once, in a child process that can be killed. Several
-children work side by side, so that a slow constraint does not hold up the next.
+children work side by side, so that a slow constraint does not hold up the next. The validator has
+to wait for them; a server calls it on the event loop, so its engine client waits there first,
+whatever the route that a request came by.
 """
 
 from __future__ import annotations
@@ -37,7 +39,12 @@ _MAX_VERDICT = 2000  # characters
 
 
 def install() -> None:
-    """Extend the validators that vLLM's front end builds from now on."""
+    """Extend the validators that vLLM's front ends build from now on, and let servers prepare."""
+    _extend_validators()
+    _wait_before_requests()
+
+
+def _extend_validators() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from logits_processors.vllm_entry import LogitsProcessor
@@ -61,6 +68,31 @@ def install() -> None:
 
     setattr(build, _MARK, True)
     InputProcessor._build_logits_processors_params_validator = build
+
+
+def _wait_before_requests() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.add_request
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    async def add_request(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        admission = getattr(self.input_processor, ATTRIBUTE, None)
+        arguments = getattr(params, "extra_args", None)
+        if admission is not None and arguments:
+            try:
+                await admission.prepare(arguments)
+            except TimeoutError as error:
+                raise VLLMValidationError(str(error), parameter="extra_args") from None
+        return await original(self, request_id, prompt, params, *args, **kwargs)
+
+    setattr(add_request, _MARK, True)
+    AsyncLLM.add_request = add_request
 
 
 class Admission:
@@ -116,8 +148,7 @@ class Admission:
     async def prepare(self, arguments: Mapping[str, Any]) -> None:
         """Reach the verdict on a request's constraint without blocking the event loop.
 
-        vLLM's API server validates on the event loop; there :meth:`check` then has nothing to wait
-        for.
+        A server validates on the event loop; there :meth:`check` then has nothing to wait for.
 
         Args:
             arguments: the request's extra arguments; bad ones are left to the validation.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of constraints over HTTP, in vLLM's API server.
+"""Constraints over HTTP, in vLLM's API server.
 
-``GET /v1/constraints/results?id=ID`` hands out records, and the answers of the completion
-endpoints get a field ``constraint`` of their own. vLLM offers plugins no way into its response
-models, so the field is added on the wire, in a middleware that leaves all other requests alone.
+Bad requests are refused before vLLM sees them, for it answers 200 before it validates a stream;
+good ones find their constraint compiled. The answers of the completion endpoints get a field
+``constraint``: vLLM offers plugins no way into its response models, so it is added on the wire, in
+a middleware that leaves all other requests alone. ``GET /v1/constraints/results?id=ID`` hands out
+the records of requests to the other endpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import logging
 import math
 import uuid
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -21,16 +22,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMValidationError
 
-from logits_processors.request import PREFIXES
 from logits_processors.session import Record
 from logits_processors.vllm_params import check_params
+from vllm_ext.constraints import bodies
 from vllm_ext.constraints.admission import ATTRIBUTE
 from vllm_ext.constraints.records import RPC, merge_replies
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-_CONSTRAINT = PREFIXES[0]
-_PATHS = ("/v1/completions", "/v1/chat/completions")
+_WITH_FIELD = ("/v1/completions", "/v1/chat/completions")
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 
@@ -38,7 +38,7 @@ _DONE = b"data: [DONE]"
 def attach(app: FastAPI) -> None:
     """Add the route and the middleware."""
     app.add_api_route("/v1/constraints/results", _results, methods=["GET"])
-    app.add_middleware(ConstraintField)
+    app.add_middleware(ConstraintMiddleware)
 
 
 async def _results(request: Request, id: Annotated[list[str], Query()]) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def as_json(record: Record) -> dict[str, Any]:
     }
 
 
-class ConstraintField:
-    """Adds ``constraint`` to the answers of constrained requests.
+class ConstraintMiddleware:
+    """Refuses bad requests to our processors, and adds ``constraint`` to the answers of good ones.
 
     Args:
         app: the application behind it.
@@ -78,27 +78,26 @@ class ConstraintField:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in _PATHS:
+        if not bodies.may_be_ours(scope):
             await self._app(scope, receive, send)
             return
         messages = await _read(receive)
-        body = b"".join(message.get("body", b"") for message in messages)
-        request = _ours(body)
-        if request is None:
+        asked = bodies.find(b"".join(message.get("body", b"") for message in messages))
+        if asked is None:
             await self._app(scope, _replay(messages, receive), send)
             return
         engine = scope["app"].state.vllm_ext_engine
-        refusal = await _refusal(request, engine)
+        refusal = await _refusal(asked, engine)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        if not _constrained(request):
+        if not asked.constrained or _path(scope) not in _WITH_FIELD:
             await self._app(scope, _replay(messages, receive), send)
             return
-        name = request["vllm_xargs"].get("constraint_id")
+        name = asked.arguments.get("constraint_id")
         if name is None:
-            name = request["vllm_xargs"]["constraint_id"] = uuid.uuid4().hex
-            body = json.dumps(request).encode()
+            name = asked.arguments["constraint_id"] = uuid.uuid4().hex
+            body = json.dumps(asked.request).encode()
             messages = [{"type": "http.request", "body": body, "more_body": False}]
             scope = {**scope, "headers": _with_length(scope["headers"], body)}
         writer = _Writer(send, engine, name)
@@ -109,54 +108,23 @@ def _path(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-def _ours(body: bytes) -> dict[str, Any] | None:
-    """Return a request to our processors, ``None`` for any other, about which vLLM knows better."""
-    if not any(prefix.encode() in body for prefix in PREFIXES):
-        return None
-    try:
-        request = json.loads(body)
-        arguments = request["vllm_xargs"]
-        ours = any(key.startswith(PREFIXES) for key in arguments)
-        named = isinstance(arguments.get("constraint_id", ""), str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return request if ours and named else None
-
-
-def _constrained(request: dict[str, Any]) -> bool:
-    """Whether a request to our processors is one for a constraint, which leaves a record."""
-    return any(key.startswith(_CONSTRAINT) for key in request["vllm_xargs"])
-
-
-async def _refusal(request: dict[str, Any], engine: Any) -> JSONResponse | None:
+async def _refusal(asked: bodies.Asked, engine: Any) -> JSONResponse | None:
     """Return the answer to a request that must not reach vLLM, ``None`` for all others."""
-    if request.get("use_beam_search"):
+    if asked.request.get("use_beam_search"):
         # vLLM drops the extra arguments of a beam search without a word.
         message = "a beam search takes none of our processors; leave one of the two out"
         return _error(400, "BadRequestError", "use_beam_search", message)
     admission = getattr(getattr(engine, "input_processor", None), ATTRIBUTE, None)
     if admission is not None:
         try:
-            await admission.prepare(request["vllm_xargs"])
-            if request.get("stream"):
-                # vLLM answers 200 before it validates a stream; ours are refused here instead.
-                params = _params(request)
-                check_params(params)
-                admission.check(params)
+            check_params(asked.params)
+            await admission.prepare(asked.arguments)
+            admission.check(asked.params)
         except TimeoutError as error:
-            return _error(503, "ServiceUnavailableError", "vllm_xargs", str(error))
+            return _error(503, "ServiceUnavailableError", "extra_args", str(error))
         except VLLMValidationError as error:
             return _error(400, "BadRequestError", error.parameter, str(error))
     return None
-
-
-def _params(request: dict[str, Any]) -> SimpleNamespace:
-    """Return what our checks read of sampling parameters, as far as the body says it."""
-    given = {name: value for name, value in request.items() if value is not None}
-    if not isinstance(given.setdefault("n", 1), int):
-        given["n"] = 1  # not a number: vLLM's business
-    given.setdefault("temperature", None)
-    return SimpleNamespace(**{**given, "extra_args": request["vllm_xargs"]})
 
 
 def _error(code: int, kind: str, parameter: str | None, message: str) -> JSONResponse:

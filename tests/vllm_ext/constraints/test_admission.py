@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from logits_processors import predicate, vllm_batch
@@ -326,6 +327,7 @@ def test_the_front_ends_validator_is_extended_once(
 
     monkeypatch.setattr(InputProcessor, "_build_logits_processors_params_validator", stock)
     monkeypatch.setattr(LogitsProcessor, "admission", False)
+    monkeypatch.setattr(AsyncLLM, "add_request", AsyncLLM.add_request)  # put back afterwards
     install()
     once = InputProcessor._build_logits_processors_params_validator
     install()
@@ -339,3 +341,69 @@ def test_the_front_ends_validator_is_extended_once(
         validate(asks(constraint_regex="bad"))
     assert len(called) == 2  # vLLM's own validation comes first
     assert vetted == ["a", "bad"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_server_waits_outside_its_validator(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Whatever the route: the loop turns while a constraint is compiled, and not without us."""
+    go = threading.Event()
+
+    def check(self: Any, kind: str, source: str) -> None:
+        go.wait(5.0)
+        if source == "bad":
+            raise ConstraintError("no")
+
+    async def stock(self: Any, request_id: str, prompt: Any, params: Any, priority: int = 0) -> Any:
+        admission.check(params)
+        return request_id, priority
+
+    monkeypatch.setattr(Vetter, "check", check)
+    monkeypatch.setattr(AsyncLLM, "add_request", stock)
+    if waits:
+        install()
+        once = AsyncLLM.add_request
+        install()
+        assert AsyncLLM.add_request is once
+    admission = Admission(config())
+    engine: Any = SimpleNamespace(input_processor=SimpleNamespace())
+    setattr(engine.input_processor, ATTRIBUTE, admission)
+    turned = False
+
+    async def neighbour() -> None:
+        nonlocal turned
+        await asyncio.sleep(0)
+        turned = not go.is_set()
+        go.set()
+
+    async def serve(source: str) -> Any:
+        asked = asks(constraint_regex=source)
+        go.clear()
+        if not waits:
+            threading.Timer(0.2, go.set).start()
+        beside = asyncio.create_task(neighbour())
+        await asyncio.sleep(0)
+        try:
+            return await AsyncLLM.add_request(engine, "r", "prompt", asked, priority=3)
+        finally:
+            await beside
+
+    assert asyncio.run(serve("a")) == ("r", 3)
+    assert turned is waits
+    with pytest.raises(VLLMValidationError, match="no"):
+        asyncio.run(serve("bad"))
+
+
+def test_a_server_with_a_full_house_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stock(self: Any, request_id: str, prompt: Any, params: Any) -> Any:
+        return request_id
+
+    async def prepare(arguments: Any) -> None:
+        raise TimeoutError("busy")
+
+    monkeypatch.setattr(AsyncLLM, "add_request", stock)
+    install()
+    engine: Any = SimpleNamespace(input_processor=SimpleNamespace())
+    setattr(engine.input_processor, ATTRIBUTE, SimpleNamespace(prepare=prepare))
+    with pytest.raises(VLLMValidationError, match="busy"):
+        asyncio.run(AsyncLLM.add_request(engine, "r", "p", asks(constraint_regex="a")))
+    assert asyncio.run(AsyncLLM.add_request(engine, "r", "p", SamplingParams())) == "r"

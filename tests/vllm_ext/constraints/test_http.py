@@ -49,7 +49,7 @@ def serve(answer: Callable[[bytes], Response], engine: Any = None) -> TestClient
 
     @app.post("/v1/completions")
     @app.post("/v1/chat/completions")
-    @app.post("/v1/other")
+    @app.post("/v1/responses")
     async def complete(request: Request) -> Response:
         body = await request.body()
         assert int(request.headers["content-length"]) == len(body)
@@ -129,7 +129,9 @@ def test_requests_without_a_name_get_one_each() -> None:
         ("/v1/completions", b""),
         ("/v1/completions", b"\xff\xfe constraint_"),
         ("/v1/completions", b'{"prompt": "' + b"x" * 3_000_000 + b'"}'),
-        ("/v1/other", b'{"vllm_xargs": {"constraint_regex": "a"}}'),
+        ("/v1/completions", b'{"sampling_params": {"extra_args": ["constraint_regex"]}}'),
+        ("/v1/responses", b'{"vllm_xargs": {"constraint_regex": "a"}}'),
+        ("/v1/responses", b'{"sampling_params": {"extra_args": {"constraint_regex": "a"}}}'),
     ],
 )
 def test_other_requests_pass_byte_for_byte(path: str, body: bytes) -> None:
@@ -238,9 +240,11 @@ def test_events_are_not_held_back() -> None:
     assert order[-1] == b""
 
 
-def drive(app: Any, note: Callable[[Any], None], *incoming: Any) -> None:
+def drive(
+    app: Any, note: Callable[[Any], None], *incoming: Any, kind: bytes = b"application/json"
+) -> None:
     """Run the middleware over ``app`` with a constrained request."""
-    from vllm_ext.constraints.http import ConstraintField
+    from vllm_ext.constraints.http import ConstraintMiddleware
 
     body = json.dumps({"vllm_xargs": {"constraint_regex": "a"}}).encode()
     messages = list(incoming) or [
@@ -258,9 +262,9 @@ def drive(app: Any, note: Callable[[Any], None], *incoming: Any) -> None:
     state = SimpleNamespace(state=SimpleNamespace(vllm_ext_engine=Engine()))
     scope = {
         "type": "http", "method": "POST", "path": "/api/v1/completions", "root_path": "/api",
-        "headers": [(b"content-length", b"1"), (b"x", b"y")], "app": state,
+        "headers": [(b"content-length", b"1"), (b"content-type", kind)], "app": state,
     }  # fmt: skip
-    asyncio.run(ConstraintField(app)(scope, receive, send))
+    asyncio.run(ConstraintMiddleware(app)(scope, receive, send))
 
 
 def test_a_client_that_hangs_up_is_heard() -> None:
@@ -303,52 +307,94 @@ def test_a_beam_search_takes_no_constraint() -> None:
     assert client.post("/v1/completions", json={"use_beam_search": True}).status_code == 200
 
 
-def test_constraints_are_vetted_before_vllm_validates() -> None:
-    asked: list[Any] = []
+class Judge:
+    """Admission that knows two constraints by name."""
 
-    class Admission:
-        async def prepare(self, arguments: Any) -> None:
-            asked.append(dict(arguments))
-            if arguments["constraint_regex"] == "slow":
-                raise TimeoutError("busy")
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
 
+    async def prepare(self, arguments: Any) -> None:
+        source = arguments.get("constraint_regex", "")
+        self.prepared.append(source)
+        if source == "slow":
+            raise TimeoutError("busy")
+
+    def check(self, params: Any) -> None:
+        source = params.extra_args.get("constraint_regex", "")
+        assert source in self.prepared
+        if source == "bad":
+            raise VLLMValidationError("no", parameter="extra_args.constraint_regex")
+
+
+def judged() -> Engine:
     engine = Engine()
-    setattr(engine.input_processor, ATTRIBUTE, Admission())
+    setattr(engine.input_processor, ATTRIBUTE, Judge())
+    return engine
+
+
+PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_constraints_are_vetted_before_vllm_validates(path: str) -> None:
+    engine = judged()
     client = serve(plain, engine)
-    assert ask(client, regex="a").status_code == 200
-    busy = ask(client, regex="slow")
+    assert ask(client, path, regex="a").status_code == 200
+    busy = ask(client, path, regex="slow")
     assert (busy.status_code, busy.json()["error"]["message"]) == (503, "busy")
-    assert [keys["constraint_regex"] for keys in asked] == ["a", "slow"]
+    assert getattr(engine.input_processor, ATTRIBUTE).prepared == ["a", "slow"]
     assert len(client.seen) == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"background": True}])
+@pytest.mark.parametrize("place", ["vllm_xargs", "sampling_params"])
 @pytest.mark.parametrize(
-    ("body", "parameter"),
+    ("keys", "options", "parameter"),
     [
-        ({"vllm_xargs": {"constraint_regx": "a"}}, "extra_args"),
-        ({"vllm_xargs": {"constraint_regex": "bad"}}, "extra_args.constraint_regex"),
-        ({"vllm_xargs": {"constraint_regex": "a"}, "min_p": 0.1}, "min_p"),
-        ({"vllm_xargs": {"mirostat_version": 3}}, "extra_args"),
-        ({"vllm_xargs": {"momentum_alpha": "much"}}, "extra_args"),
-        ({"vllm_xargs": {"constraint_regex": "a", "constraint_seed": 1}, "n": 2}, "n"),
+        ({"constraint_regx": "a"}, {}, "extra_args"),
+        ({"constraint_regex": "bad"}, {}, "extra_args.constraint_regex"),
+        ({"constraint_regex": "a"}, {"min_p": 0.1}, "min_p"),
+        ({"mirostat_version": 3}, {}, "extra_args"),
+        ({"momentum_alpha": "much"}, {}, "extra_args"),
+        ({"constraint_regex": "a", "constraint_seed": 1}, {"n": 2}, "n"),
     ],
 )
-def test_streams_are_refused_before_they_begin(body: dict[str, Any], parameter: str) -> None:
-    class Admission:
-        async def prepare(self, arguments: Any) -> None:
-            pass
-
-        def check(self, params: Any) -> None:
-            if params.extra_args["constraint_regex"] == "bad":
-                raise VLLMValidationError("no", parameter="extra_args.constraint_regex")
-
-    engine = Engine()
-    setattr(engine.input_processor, ATTRIBUTE, Admission())
-    client = serve(plain, engine)
-    answer = client.post("/v1/completions", json={**body, "stream": True})
+def test_bad_requests_are_refused_before_an_answer_begins(
+    path: str,
+    more: dict[str, Any],
+    place: str,
+    keys: dict[str, Any],
+    options: dict[str, Any],
+    parameter: str,
+) -> None:
+    body = {**options, "vllm_xargs": keys}
+    if place == "sampling_params":
+        body = {place: {**options, "extra_args": keys}}
+    client = serve(plain, judged())
+    answer = client.post(path, json={**body, **more})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, parameter)
-    # Without a stream vLLM itself refuses, and knows more about parameters.
-    assert client.post("/v1/completions", json=body).status_code == 200
+    assert client.seen == []  # type: ignore[attr-defined]
+
+
+def test_keys_in_escapes_are_keys() -> None:
+    body = json.dumps({"stream": True, "vllm_xargs": {"constraint_regex": "bad"}})
+    hidden = body.replace("constraint", r"\u0063\u006fnstraint")
+    assert json.loads(hidden) == json.loads(body)
+    client = serve(plain, judged())
+    assert client.post("/v1/responses", content=hidden).status_code == 400
+    assert client.post("/v1/responses", content=hidden.replace("bad", "a")).status_code == 200
+
+
+def test_uploads_are_not_read() -> None:
+    read: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        read.append(await receive())
+
+    first = {"type": "http.request", "body": b"constraint_", "more_body": True}
+    drive(app, lambda message: None, first, kind=b"multipart/form-data; boundary=x")
+    assert read == [first]
 
 
 def test_small_processors_leave_no_record() -> None:
