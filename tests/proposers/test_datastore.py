@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -209,6 +210,24 @@ def test_foreign_and_hostile_headers_are_refused(
     (copied / HEADER).write_bytes(content)
     with pytest.raises(DatastoreError, match=message):
         read_header(copied)
+
+
+@pytest.mark.parametrize("name", [HEADER, TOKENS, SUFFIXES])
+def test_an_unreadable_datastore_is_refused(
+    copied: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / name).chmod(0)
+    if os.access(copied / name, os.R_OK):  # as root
+        original = Path.open
+
+        def denied(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path == copied / name:
+                raise PermissionError(13, "Permission denied")
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(DatastoreError, match=rf"{name} cannot be read .*Permission denied"):
+        Datastore(copied, HASH)
 
 
 def test_a_pipe_is_not_waited_for(copied: Path) -> None:

@@ -105,3 +105,8 @@ class MutantWorker(TreeCPUWorker):
         """The worker's own counters, as plain numbers."""
         runner: Any = self.model_runner
         return dict(runner._counters.snapshot())
+
+    def failed_sources(self) -> list[str]:
+        """Names of the sources that are disabled."""
+        runner: Any = self.model_runner
+        return sorted(runner._resources.failed)

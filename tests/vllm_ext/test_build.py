@@ -15,6 +15,7 @@ import pytest
 
 from proposers import CostModel, TokenTree, VerifiedRows
 from proposers.datastore import DatastoreError
+from proposers.guard import GuardedSource
 from proposers.prime import PrimeError, PrimeTable
 from proposers.registry import RegistrationError
 from vllm_ext.build import BUILT_IN, build_drafter, check_resources, load_resources
@@ -188,6 +189,49 @@ def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
         model_hash(tmp_path)
     with pytest.raises(IdentityError, match="holds no tokenizer"):
         tokenizer_hash(tmp_path / "a")
+
+
+FENCED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("dyspec", {"sources": [name]}) for name in BUILT_IN},
+    "datastore": ("dyspec", {"sources": ["suffix"], "datastore": True}),
+    "past_outputs": ("dyspec", {"sources": ["suffix"], "past_outputs_mib": 1}),
+    "bigram (static tree)": ("token_recycling", {}),
+    "store (aded)": ("aded", {}),
+    "suffix (rasd)": ("rasd", {}),
+    "copy (copy)": ("copy", {}),
+}
+
+
+@pytest.mark.parametrize("name", FENCED)
+def test_a_built_in_source_that_fails_is_disabled(
+    model: Any, store: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    method, given = FENCED[name]
+    given = {key: str(store) if value is True else value for key, value in given.items()}
+    options = parse_options(METHODS[method], {"adaptive": False, **given})
+    resources = load_resources(options, model, None)
+    name = name.split()[0]
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the disk is gone")
+
+    with caplog.at_level(logging.ERROR, "vllm.vllm_ext"):
+        for _ in range(2):  # a drafter that is built anew, after another failure
+            made = build_drafter(method, options, resources, CostModel([(1, 1.0), (999, 1.0)]))
+            fences = [source for source in made._sources if isinstance(source, GuardedSource)]
+            assert len(fences) == len(made._sources)
+            for fence in fences:
+                if fence._name == name and not fence.disabled:
+                    fence._source.root = broken  # type: ignore[union-attr]
+            made.start("r", text("the cat, the c"), greedy=True)
+            for token in text("at, the"):
+                (tree,) = made.propose(["r"])
+                tree.validate()
+                made.extend("r", [token])
+            assert [f._name for f in fences if f.disabled] == [name]
+    assert [record.message for record in caplog.records] == [
+        f"vllm-ext: source {name!r} is disabled, it failed with RuntimeError: the disk is gone"
+    ]
 
 
 # -- sources of other packages -------------------------------------------------------------------

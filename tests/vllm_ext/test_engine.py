@@ -358,6 +358,7 @@ def test_every_method_gives_the_same_tokens(
     engines: tuple[Any, Any],
     resources: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     method: str,
     options: dict[str, Any],
@@ -384,6 +385,14 @@ def test_every_method_gives_the_same_tokens(
             assert texts(engine, requests, case) == texts(plain, requests, case)
         after = engine.collective_rpc("tree_counters")[0]
         assert after["drafting_errors"] == before["drafting_errors"]
+        failing = [name for name in options.get("sources", ()) if name == "failing"]
+        assert engine.collective_rpc("failed_sources")[0] == failing
+        log = "".join(capfd.readouterr())  # of the engine's processes as well
+        assert log.count("is disabled, it failed with") == len(failing)
+        assert log.count("source 'failing' is disabled, it failed with RuntimeError") == len(
+            failing
+        )
+        assert "Traceback" not in log
         if method != "datastore":  # random bytes do not occur in its text
             assert after["accepted_tokens"] > before["accepted_tokens"]
     finally:
