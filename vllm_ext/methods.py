@@ -7,7 +7,9 @@ table of ``vllm-ext methods`` and ``docs/methods.md`` are all generated from her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -362,6 +364,22 @@ def parse_options(method: Method, given: dict[str, Any]) -> TreeConfig:
             f"speculative method '{method.name}': {'; '.join(problems)}. "
             f"Options: {describe_options(method)}."
         ) from None
+
+
+def unknown_method(given: object, theirs: Sequence[str]) -> OptionError:
+    """The error for a method that neither we nor vLLM have.
+
+    Args:
+        given: whatever was named.
+        theirs: the names that vLLM takes.
+    """
+    names = {name.lower(): name for name in (*theirs, *METHODS)}
+    close = [names[found] for found in get_close_matches(str(given).lower(), names)]
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return OptionError(
+        f"unknown speculative method {given!r}.{hint} Methods of vllm-ext: {', '.join(METHODS)}; "
+        f"of vLLM: {', '.join(theirs)}."
+    )
 
 
 def _explain(method: Method, problem: Any) -> str:

@@ -389,10 +389,7 @@ def test_every_method_gives_the_same_tokens(
         assert engine.collective_rpc("failed_sources")[0] == failing
         log = "".join(capfd.readouterr())  # of the engine's processes as well
         assert log.count("is disabled, it failed with") == len(failing)
-        assert log.count("source 'failing' is disabled, it failed with RuntimeError") == len(
-            failing
-        )
-        assert "Traceback" not in log
+        assert log.count("source 'failing' is disabled") == len(failing)
         if method != "datastore":  # random bytes do not occur in its text
             assert after["accepted_tokens"] > before["accepted_tokens"]
     finally:
