@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 from typing import TYPE_CHECKING, Any
+
+from logits_processors.switch import is_disabled
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -24,7 +25,7 @@ _MARK = "_vllm_ext_wrapped"
 
 def register() -> None:
     """Install the front-end hooks; without effect if ``VLLM_EXT_DISABLE=1``."""
-    if os.environ.get("VLLM_EXT_DISABLE", "0") not in ("", "0"):
+    if is_disabled():
         return
     try:
         import vllm
