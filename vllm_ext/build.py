@@ -143,6 +143,7 @@ def build_drafter(
     """
     limits = DySpecOptions(
         max_nodes=options.num_speculative_tokens,
+        max_batch_nodes=options.max_batch_nodes,
         max_depth=getattr(options, "max_depth", 64),
         min_prob=max(getattr(options, "min_probability", 0.0), 1e-6),
     )
@@ -173,7 +174,9 @@ def _grower(
             negligible=0.0 if static else NEGLIGIBLE,
         )
         table = _fenced("bigram", bigrams, resources)
-        return StaticTemplate(table) if static else DySpec(Mixture([table]), limits)
+        if static:
+            return StaticTemplate(table, max_batch_nodes=options.max_batch_nodes)
+        return DySpec(Mixture([table]), limits)
     if isinstance(options, AdedConfig):
         mixture = Mixture([*_sources(["store"], resources), *files])
         return Puct(mixture, limits, iterations=options.iterations, branching=options.branching)

@@ -28,6 +28,15 @@ def _nodes(default: int) -> Any:
     )
 
 
+def _batch_nodes(default: int) -> Any:
+    return Field(
+        default=default,
+        ge=1,
+        le=4096,
+        description="most tree nodes per step over all requests, the likeliest first",
+    )
+
+
 def _depth(default: int) -> Any:
     return Field(default=default, ge=1, le=64, description="longest path of a tree, in tokens")
 
@@ -62,10 +71,12 @@ class TreeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     num_speculative_tokens: int = _nodes(24)
+    max_batch_nodes: int = _batch_nodes(128)
     adaptive: bool = Field(
         default=True,
-        description="size trees by the measured latency of a step; false drafts "
-        "num_speculative_tokens nodes whenever it has them",
+        description="size trees by the measured latency of a step; false drafts up to "
+        "num_speculative_tokens nodes per request, and max_batch_nodes per step, whenever it has "
+        "them",
     )
     prompt_rows: int = Field(
         default=0,
@@ -153,6 +164,7 @@ class TokenRecyclingConfig(TreeConfig):
     """Options of ``{"method": "token_recycling"}``."""
 
     num_speculative_tokens: int = _nodes(80)
+    max_batch_nodes: int = _batch_nodes(1024)
     template: Literal["paper", "dynamic"] = Field(
         default="paper", description="the paper's static tree of 80 nodes, or best-first growth"
     )

@@ -101,6 +101,37 @@ def test_every_method_drafts_a_repetition_or_what_was_seen(
     made.stop("r")
 
 
+def nodes_drafted(model: Any, store: Path, method: str, /, **given: Any) -> int:
+    """Nodes of one step for twenty requests that repeat themselves."""
+    required: dict[str, dict[str, Any]] = {
+        "datastore": {"datastore": str(store)},
+        "pearl": {"model": "none here", "sources": ["suffix"]},
+    }
+    made = drafter(model, method, **{**required.get(method, {}), **given})
+    names = [str(i) for i in range(20)]
+    for name in names:
+        made.start(name, text("the cat sat on the mat, the cat"), greedy=True)
+    rows = VerifiedRows(
+        np.array([text("at"), text("t ")], np.int64),
+        np.array([text(" ,"), text("so")], np.int64),
+        np.array([[0.9, 0.05], [0.9, 0.05]], np.float32),
+        np.zeros(2, np.int64),
+    )
+    made.observe(rows)
+    return sum(map(len, made.propose(names)))
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"self_draft"}))
+def test_nodes_per_step_are_limited_by_an_option(model: Any, store: Path, method: str) -> None:
+    assert nodes_drafted(model, store, method, max_batch_nodes=7) == 7
+    assert nodes_drafted(model, store, method, max_batch_nodes=4096) > 7
+
+
+def test_the_default_limit_can_be_raised(model: Any, store: Path) -> None:
+    assert nodes_drafted(model, store, "dyspec") == 128
+    assert nodes_drafted(model, store, "dyspec", max_batch_nodes=4096) > 128
+
+
 def test_without_its_model_and_without_sources_nothing_is_drafted(model: Any) -> None:
     """A draft model that has failed leaves this behind."""
     made = drafter(model, "pearl", model="failed")
