@@ -53,9 +53,10 @@ _PRIME: Any = Field(
     "background (so too, and a server that finds none makes it while idle), off, or the path of a "
     "file",
 )
-_DATASTORE: Any = Field(
-    default=None, description="folder of a datastore of `vllm-ext datastore build`"
+_DATASTORE_FOLDER = (
+    "folder of a datastore of `vllm-ext datastore build`; it must not be changed while it is used"
 )
+_DATASTORE: Any = Field(default=None, description=_DATASTORE_FOLDER)
 _PAST_OUTPUTS: Any = Field(
     default=0,
     ge=0,
@@ -252,7 +253,7 @@ class DatastoreConfig(TreeConfig):
 
     max_depth: int = _depth(16)
     min_probability: float = _MIN_PROBABILITY
-    datastore: str = Field(description="folder of a datastore of `vllm-ext datastore build`")
+    datastore: str = Field(description=_DATASTORE_FOLDER)
 
 
 @dataclass(frozen=True, slots=True)
