@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a datastore: texts are tokenized piece by piece, then sorted by suffix.
 
-The build may be interrupted at any time. Token ids go to a file beside the final place, and a
-journal says after every piece how much of which input they stand for; the same command goes on from
-there. The header is written last, so that a folder is a datastore or none.
+The build may be killed at any time. A journal says after every piece how much of which input the
+token file stands for; the same command goes on from there, or begins anew if the file is shorter
+than that. The header is written last, so that a folder is a datastore or none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proposers.datastore import (
     token_width,
 )
 
-_JOURNAL, _PART = "build.json", "tokens.part"
+_JOURNAL = "build.json"
 _PIECE = 1 << 20
 """Bytes of input between two entries of the journal."""
 
@@ -87,11 +87,10 @@ def build(
         raise DatastoreError(f"the inputs hold no text: {', '.join(map(str, inputs))}")
     advance(0, "sorting suffixes")
     # divsufsort sorts bytes; suffixes that begin at a token are those at multiples of its width.
-    order = divsufsort(np.fromfile(folder / _PART, np.uint8))
+    order = divsufsort(np.fromfile(folder / TOKENS, np.uint8))
     order = order[order % width == 0] // width
     index_width = 4 if tokens < 2**32 else 8
     order.astype(f"<u{index_width}").tofile(folder / SUFFIXES)
-    os.replace(folder / _PART, folder / TOKENS)
     header = Header(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -117,12 +116,11 @@ def _tokenize(
     field: str,
     advance: Advance,
 ) -> tuple[int, int]:
-    """Token ids of all inputs in the part file; their number and the number of documents."""
-    done = _resume(folder, plan)
+    """Token ids of all inputs in the token file; their number and the number of documents."""
     end = np.array([256**width - 1], f">u{width}")
-    with (folder / _PART).open("r+b" if (folder / _PART).exists() else "w+b") as part:
-        part.truncate(done["tokens"] * width)
-        part.seek(0, os.SEEK_END)
+    with (folder / TOKENS).open("ab") as file:
+        done = _resume(folder, plan, file.tell() // width)
+        file.truncate(done["tokens"] * width)
         for number, path in enumerate(inputs):
             if number < done["input"]:
                 advance(path.stat().st_size, f"{path.name} (done)")
@@ -132,10 +130,10 @@ def _tokenize(
             for piece in _pieces(path, start, field):
                 ids = encode(piece.texts)
                 for text, closed in zip(ids, piece.closed, strict=True):
-                    np.array(text, f">u{width}").tofile(part)
+                    np.array(text, f">u{width}").tofile(file)
                     if closed:
-                        end.tofile(part)
-                part.flush()
+                        end.tofile(file)
+                file.flush()
                 done["tokens"] += sum(map(len, ids)) + sum(piece.closed)
                 done["documents"] += sum(piece.closed)
                 done.update(input=number, offset=piece.end)
@@ -191,8 +189,8 @@ def _fingerprint(path: Path) -> list[object]:
     return [str(path), found.st_size, found.st_mtime_ns]
 
 
-def _resume(folder: Path, plan: dict[str, object]) -> dict[str, int]:
-    """How far an earlier build of the same plan got."""
+def _resume(folder: Path, plan: dict[str, object], written: int) -> dict[str, int]:
+    """How far an earlier build of the same plan got, if its `written` tokens are all there."""
     fresh = {"input": 0, "offset": 0, "tokens": 0, "documents": 0}
     path = folder / _JOURNAL
     if not path.exists():
@@ -208,7 +206,7 @@ def _resume(folder: Path, plan: dict[str, object]) -> dict[str, int]:
             f"{folder} holds an unfinished build of other inputs or another model; remove it or "
             "choose another --out"
         )
-    return done
+    return done if 0 <= done["tokens"] <= written else fresh
 
 
 def _write_journal(folder: Path, plan: dict[str, object], done: dict[str, int]) -> None:

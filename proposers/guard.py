@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fence around a source that somebody else wrote: one failure, and it is out.
+"""A fence around a source: one failure, and it is out.
 
-A source that raises, or answers with anything but a few token ids of the vocabulary and their
-probabilities, is disabled for the rest of the engine's life, with one error line. The drafts of the
-other sources go on.
+A source that raises, or that somebody else wrote and that answers with anything but a few token ids
+of the vocabulary and their probabilities, is disabled for the rest of the engine's life, with one
+error line. The drafts of the other sources go on.
 """
 
 from __future__ import annotations
@@ -57,12 +57,23 @@ class GuardedSource:
     Args:
         name: for the error line.
         source: the source to fence in.
-        vocab_size: tokens outside it are an error.
+        vocab_size: tokens outside it are an error; `None` trusts the source's answers, which costs
+            no time.
+        failed: names of the sources that have failed, shared by all fences of an engine. A source
+            whose name is there is disabled from the start, so that a drafter that is built anew
+            does not try it again.
     """
 
-    def __init__(self, name: str, source: Source, vocab_size: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        vocab_size: int | None,
+        failed: set[str] | None = None,
+    ) -> None:
         self._name = name
-        self._source: Source | None = source
+        self._failed = set() if failed is None else failed
+        self._source: Source | None = None if name in self._failed else source
         self._vocab_size = vocab_size
 
     @property
@@ -94,12 +105,28 @@ class GuardedSource:
 
     def advance(self, state: State, token: int) -> State:
         """See `Source.advance`."""
-        return self._try(lambda s: s.advance(state, token), None)
+        source = self._source
+        if source is None:
+            return None
+        try:  # here and in `candidates`, which are called per node, without `_try`: it takes time
+            return source.advance(state, token)
+        except Exception as error:
+            self._disable(error)
+            return None
 
     def candidates(self, state: State) -> tuple[int, Candidates]:
         """See `Source.candidates`; nothing once the source has failed."""
-        nothing: tuple[int, Candidates] = (0, {})
-        return self._try(lambda s: checked_answer(s.candidates(state), self._vocab_size), nothing)
+        source = self._source
+        if source is None:
+            return 0, {}
+        try:
+            answer = source.candidates(state)
+            if self._vocab_size is None:
+                return answer
+            return checked_answer(answer, self._vocab_size)
+        except Exception as error:
+            self._disable(error)
+            return 0, {}
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """See `Source.prior`."""
@@ -118,14 +145,18 @@ class GuardedSource:
         try:
             return call(self._source)
         except Exception as error:
-            self._source = None
-            logger.error(
-                "vllm-ext: source %r is disabled, it failed with %s: %s",
-                self._name,
-                type(error).__name__,
-                error,
-            )
+            self._disable(error)
             return otherwise
+
+    def _disable(self, error: Exception) -> None:
+        self._source = None
+        self._failed.add(self._name)
+        logger.error(
+            "vllm-ext: source %r is disabled, it failed with %s: %s",
+            self._name,
+            type(error).__name__,
+            error,
+        )
 
 
 def _short(value: Any) -> str:

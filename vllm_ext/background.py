@@ -9,7 +9,9 @@ the table is written to the cache for the next start.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,30 @@ def start(engine: Any) -> asyncio.Task[None] | None:
     if getattr(options, "prime", prime.OFF) != prime.BACKGROUND:
         return None
     return asyncio.create_task(_prime(engine))
+
+
+@functools.cache
+def warn_if_impossible(option: str, *, server: bool) -> None:
+    """Warn, once per process, where the option asks for what nobody here will do.
+
+    Args:
+        option: value of ``prime``.
+        server: whether the engine is that of a server.
+    """
+    if option != prime.BACKGROUND:
+        return
+    if not server:
+        logger.warning(
+            "vllm-ext: only a server primes itself in the background, this engine does not; make "
+            "the table once with `vllm-ext prime --model MODEL`"
+        )
+    elif "vllm_ext" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        logger.warning(
+            "vllm-ext: this server cannot prime itself in the background, because vLLM loads "
+            "endpoint plugins only where they are named: set VLLM_PLUGINS=vllm_ext (with the other "
+            "plugins that you use, separated by commas), or make the table once with `vllm-ext "
+            "prime --model MODEL`"
+        )
 
 
 async def _prime(engine: Any) -> None:

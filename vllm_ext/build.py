@@ -56,6 +56,7 @@ class Resources:
         prime: the primed bigrams, if there are any.
         datastore: the opened datastore, if one is configured.
         plugins: sources of other packages that the options name.
+        failed: names of the sources that are disabled, see `proposers.guard`.
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class Resources:
     prime: PrimeTable | None = None
     datastore: Datastore | None = None
     plugins: Registry = field(default_factory=lambda: Registry(BUILT_IN))
+    failed: set[str] = field(default_factory=set)
 
 
 BUILT_IN: dict[str, Callable[[Resources], Source]] = {
@@ -141,6 +143,7 @@ def build_drafter(
     """
     limits = DySpecOptions(
         max_nodes=options.num_speculative_tokens,
+        max_batch_nodes=options.max_batch_nodes,
         max_depth=getattr(options, "max_depth", 64),
         min_prob=max(getattr(options, "min_probability", 0.0), 1e-6),
     )
@@ -163,19 +166,22 @@ def _grower(
     files = _file_sources(options, resources)
     if isinstance(options, TokenRecyclingConfig):
         static = options.template == "paper"
-        table = BigramRecycling(
+        bigrams = BigramRecycling(
             resources.vocab_size,
             decay=options.decay,
             prime=resources.prime,
             # The static tree has a place for every rank, however unlikely.
             negligible=0.0 if static else NEGLIGIBLE,
         )
-        return StaticTemplate(table) if static else DySpec(Mixture([table]), limits)
+        table = _fenced("bigram", bigrams, resources)
+        if static:
+            return StaticTemplate(table, max_batch_nodes=options.max_batch_nodes)
+        return DySpec(Mixture([table]), limits)
     if isinstance(options, AdedConfig):
-        mixture = Mixture([TrigramStore(resources.vocab_size), *files])
+        mixture = Mixture([*_sources(["store"], resources), *files])
         return Puct(mixture, limits, iterations=options.iterations, branching=options.branching)
     if isinstance(options, RasdConfig):
-        retrieval = Mixture([SuffixSource(resources.vocab_size), *files])
+        retrieval = Mixture([*_sources(["suffix"], resources), *files])
         sources = _sources(options.draft, resources)
         draft = (
             DySpec(Mixture(sources), limits)
@@ -200,22 +206,28 @@ def _sources(names: Iterable[str], resources: Resources) -> list[Source]:
     made: list[Source] = []
     for name in dict.fromkeys(names):
         if name in BUILT_IN:
-            made.append(BUILT_IN[name](resources))
+            made.append(_fenced(name, BUILT_IN[name](resources), resources))
         else:
             context = SourceContext(resources.vocab_size, resources.model)
             source = resources.plugins.make(name, context)
-            made.append(GuardedSource(name, source, resources.vocab_size))
+            made.append(GuardedSource(name, source, resources.vocab_size, resources.failed))
     return made
+
+
+def _fenced(name: str, source: Source, resources: Resources) -> Source:
+    return GuardedSource(name, source, None, resources.failed)
 
 
 def _file_sources(options: TreeConfig, resources: Resources) -> list[Source]:
     """Sources that an option with a value of its own switches on."""
     made: list[Source] = []
     if resources.datastore is not None:
-        made.append(DatastoreSource(resources.datastore, resources.vocab_size))
+        store = DatastoreSource(resources.datastore, resources.vocab_size)
+        made.append(_fenced("datastore", store, resources))
     mebibytes = getattr(options, "past_outputs_mib", 0)
     if mebibytes:
-        made.append(PastSource(resources.vocab_size, max_bytes=mebibytes << 20))
+        past = PastSource(resources.vocab_size, max_bytes=mebibytes << 20)
+        made.append(_fenced("past_outputs", past, resources))
     return made
 
 

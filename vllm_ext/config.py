@@ -55,9 +55,9 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
             )
         parallel_config.worker_cls = _worker_class(parallel_config)
         return
-    method = METHODS.get(str(config.get("method")))
-    if method is None:
+    if not _is_named(config.get("method")):
         return
+    method = METHODS[config["method"]]
     given = {k.replace("-", "_"): v for k, v in config.items() if k != "method"}
     options = parse_options(method, given)
     _refuse_impossible(engine_args, model_config, parallel_config)
@@ -134,7 +134,7 @@ def _merged_config(engine_args: Any) -> dict[str, Any] | None:
     if not config and not given:
         return None
     config = dict(config or {})
-    if config.get("method", given.get("method")) not in METHODS:
+    if not _is_named(config.get("method", given.get("method"))):
         return config  # not ours: vLLM merges, and complains, itself
     for key, value in given.items():
         if key in config:
@@ -142,6 +142,11 @@ def _merged_config(engine_args: Any) -> dict[str, Any] | None:
             raise OptionError(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
         config[key] = value
     return config
+
+
+def _is_named(method: Any) -> bool:
+    """Whether a value given as method names one of ours; a list, say, names nothing."""
+    return isinstance(method, str) and method in METHODS
 
 
 _FLAGS = {

@@ -7,7 +7,9 @@ table of ``vllm-ext methods`` and ``docs/methods.md`` are all generated from her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,6 +25,15 @@ def _nodes(default: int) -> Any:
         ge=1,
         le=127,
         description="most tree nodes per request and step; `max_nodes` is another name for it",
+    )
+
+
+def _batch_nodes(default: int) -> Any:
+    return Field(
+        default=default,
+        ge=1,
+        le=4096,
+        description="most tree nodes per step over all requests, the likeliest first",
     )
 
 
@@ -42,9 +53,10 @@ _PRIME: Any = Field(
     "background (so too, and a server that finds none makes it while idle), off, or the path of a "
     "file",
 )
-_DATASTORE: Any = Field(
-    default=None, description="folder of a datastore of `vllm-ext datastore build`"
+_DATASTORE_FOLDER = (
+    "folder of a datastore of `vllm-ext datastore build`; it must not be changed while it is used"
 )
+_DATASTORE: Any = Field(default=None, description=_DATASTORE_FOLDER)
 _PAST_OUTPUTS: Any = Field(
     default=0,
     ge=0,
@@ -60,10 +72,12 @@ class TreeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     num_speculative_tokens: int = _nodes(24)
+    max_batch_nodes: int = _batch_nodes(128)
     adaptive: bool = Field(
         default=True,
-        description="size trees by the measured latency of a step; false drafts "
-        "num_speculative_tokens nodes whenever it has them",
+        description="size trees by the measured latency of a step; false drafts up to "
+        "num_speculative_tokens nodes per request, and max_batch_nodes per step, whenever it has "
+        "them",
     )
     prompt_rows: int = Field(
         default=0,
@@ -151,6 +165,7 @@ class TokenRecyclingConfig(TreeConfig):
     """Options of ``{"method": "token_recycling"}``."""
 
     num_speculative_tokens: int = _nodes(80)
+    max_batch_nodes: int = _batch_nodes(1024)
     template: Literal["paper", "dynamic"] = Field(
         default="paper", description="the paper's static tree of 80 nodes, or best-first growth"
     )
@@ -238,7 +253,7 @@ class DatastoreConfig(TreeConfig):
 
     max_depth: int = _depth(16)
     min_probability: float = _MIN_PROBABILITY
-    datastore: str = Field(description="folder of a datastore of `vllm-ext datastore build`")
+    datastore: str = Field(description=_DATASTORE_FOLDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +377,22 @@ def parse_options(method: Method, given: dict[str, Any]) -> TreeConfig:
             f"speculative method '{method.name}': {'; '.join(problems)}. "
             f"Options: {describe_options(method)}."
         ) from None
+
+
+def unknown_method(given: object, theirs: Sequence[str]) -> OptionError:
+    """The error for a method that neither we nor vLLM have.
+
+    Args:
+        given: whatever was named.
+        theirs: the names that vLLM takes.
+    """
+    names = {name.lower(): name for name in (*theirs, *METHODS)}
+    close = [names[found] for found in get_close_matches(str(given).lower(), names)]
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return OptionError(
+        f"unknown speculative method {given!r}.{hint} Methods of vllm-ext: {', '.join(METHODS)}; "
+        f"of vLLM: {', '.join(theirs)}."
+    )
 
 
 def _explain(method: Method, problem: Any) -> str:

@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
+
+from logits_processors.switch import is_disabled
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -20,7 +25,7 @@ _MARK = "_vllm_ext_wrapped"
 
 def register() -> None:
     """Install the front-end hooks; without effect if ``VLLM_EXT_DISABLE=1``."""
-    if os.environ.get("VLLM_EXT_DISABLE", "0") not in ("", "0"):
+    if is_disabled():
         return
     try:
         import vllm
@@ -60,6 +65,7 @@ def _install_constraints() -> None:
     records.install()
 
 
+@functools.cache
 def warn_if_untested() -> None:
     """Warn once per process about a vLLM release that this package was not tested with."""
     import vllm
@@ -106,22 +112,44 @@ def _wrap_create_speculative_config() -> None:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        from vllm_ext.config import is_ours, translate
+        from pydantic import ValidationError
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from vllm_ext import background
+        from vllm_ext.config import is_ours, read_options, translate
         from vllm_ext.worker.metrics import share_with_workers
 
         translate(self, target_model_config, target_parallel_config)
-        config = original(
-            self,
-            target_model_config=target_model_config,
-            target_parallel_config=target_parallel_config,
-        )
+        try:
+            config = original(
+                self,
+                target_model_config=target_model_config,
+                target_parallel_config=target_parallel_config,
+            )
+        except ValidationError as error:
+            raise (_unknown_method(error) or error) from None
         if is_ours(config):
             warn_if_untested()
             share_with_workers()
+            _, options = read_options(self)
+            background.warn_if_impossible(
+                getattr(options, "prime", "off"), server=isinstance(self, AsyncEngineArgs)
+            )
         return config
 
     setattr(create_speculative_config, _MARK, True)
     EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _unknown_method(error: ValidationError) -> Exception | None:
+    """Our error, with the names of ours, where vLLM has refused the name of a method."""
+    from vllm_ext.methods import unknown_method
+
+    for problem in error.errors():
+        if problem["loc"] == ("method",) and problem["type"] == "literal_error":
+            theirs = re.findall("'([^']+)'", problem["ctx"]["expected"])
+            return unknown_method(problem["input"], theirs)
+    return None
 
 
 def _wrap_num_lookahead_tokens() -> None:

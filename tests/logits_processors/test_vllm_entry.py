@@ -8,12 +8,14 @@ from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
 import pytest
+import torch
 from toy_engine import CPU, ToyV2, config
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample import logits_processor as v1
 from vllm.v1.worker.gpu.sample.logits_processor import loader as v2
 
+from logits_processors.vllm_batch import OPTIONS_KEY
 from logits_processors.vllm_entry import LogitsProcessor
 from logits_processors.vllm_v1 import V1Processor
 from logits_processors.vllm_v2 import V2Processor
@@ -79,3 +81,33 @@ def test_without_admission_our_requests_are_refused(monkeypatch: pytest.MonkeyPa
         LogitsProcessor.validate_params(
             SamplingParams(extra_args={"constraint_regex": "a"}, min_p=0.5)
         )
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("VLLM_EXT_DISABLE", value)
+    broken = config(additional_config={OPTIONS_KEY: "nonsense"})
+    v1_made: Any = LogitsProcessor(broken, CPU, False)
+    assert isinstance(v1_made, v1.LogitsProcessor)
+    assert v1_made.is_argmax_invariant()
+    constrained = SamplingParams(extra_args={"constraint_regex": "a"})
+    logits = torch.zeros(1, 5)
+    v1_made.update_state(v1.BatchUpdate(1, [], [(0, constrained, [1], [])], []))
+    assert v1_made.apply(logits) is logits
+    v2_made: Any = LogitsProcessor(broken, ToyV2().states)
+    assert not v2_made.add_request(0, constrained)
+    assert v2_made.apply(logits, None) is logits
+    assert not logits.any()
+    monkeypatch.setattr(LogitsProcessor, "admission", True)
+    LogitsProcessor.validate_params(SamplingParams(extra_args={"other": 1}))
+    with pytest.raises(VLLMValidationError, match="unset VLLM_EXT_DISABLE"):
+        LogitsProcessor.validate_params(constrained)
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_switched_on_it_works(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Negative control of the test above."""
+    monkeypatch.setenv("VLLM_EXT_DISABLE", value)
+    assert type(LogitsProcessor(config(), CPU, False)) is V1Processor
+    with pytest.raises(ValueError, match=OPTIONS_KEY):
+        LogitsProcessor(config(additional_config={OPTIONS_KEY: "nonsense"}), CPU, False)

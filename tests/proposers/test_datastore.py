@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -208,6 +212,24 @@ def test_foreign_and_hostile_headers_are_refused(
         read_header(copied)
 
 
+@pytest.mark.parametrize("name", [HEADER, TOKENS, SUFFIXES])
+def test_an_unreadable_datastore_is_refused(
+    copied: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / name).chmod(0)
+    if os.access(copied / name, os.R_OK):  # as root
+        original = Path.open
+
+        def denied(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path == copied / name:
+                raise PermissionError(13, "Permission denied")
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(DatastoreError, match=rf"{name} cannot be read .*Permission denied"):
+        Datastore(copied, HASH)
+
+
 def test_a_pipe_is_not_waited_for(copied: Path) -> None:
     (copied / HEADER).unlink()
     os.mkfifo(copied / HEADER)
@@ -263,6 +285,69 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
         [HEADER, SUFFIXES, TOKENS]
     )
+
+
+KILLED_BUILD = """
+import os, signal, sys
+from pathlib import Path
+from proposers.datastore_build import build
+
+calls, replace = [], os.replace
+
+def killing(*paths):
+    calls.append(paths)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+
+os.replace = killing
+encode = lambda texts: [[ord(c) for c in text] for text in texts]
+build([Path(sys.argv[2])], Path(sys.argv[3]), encode=encode, tokenizer=sys.argv[4], vocab_size=300)
+"""
+
+
+def test_a_build_killed_before_any_of_its_files_takes_its_place(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    plan = {"encode": encode, "tokenizer": HASH, "vocab_size": VOCAB}
+    straight = build([text], tmp_path / "straight", **plan)
+    for number in range(1, 9):
+        out = tmp_path / f"out{number}"
+        command = [sys.executable, "-c", KILLED_BUILD, str(number), str(text), str(out), HASH]
+        killed = subprocess.run(command, check=False, timeout=60).returncode
+        if killed == 0:
+            break
+        assert killed == -signal.SIGKILL
+        assert not (out / HEADER).exists()
+        assert build([text], out, **plan) == straight
+        assert occurrences(Datastore(out, HASH), "the cat") == 20
+    assert killed == 0  # the last place was reached
+    assert number > 3  # a piece, the end of an input, and the header
+
+
+@pytest.mark.parametrize("left", [0, 11, None])
+def test_a_build_whose_tokens_are_lost_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int | None
+) -> None:
+    monkeypatch.setattr("proposers.datastore_build._PIECE", 64)
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(f"line {i} of the text" for i in range(60)))
+    plan = {"tokenizer": HASH, "vocab_size": VOCAB}
+    straight = build([text], tmp_path / "straight", encode=encode, **plan)
+    calls = []
+
+    def failing(texts: list[str]) -> list[list[int]]:
+        calls.append(texts)
+        if len(calls) == 6:
+            raise InterruptError
+        return encode(texts)
+
+    out = tmp_path / "out"
+    with pytest.raises(InterruptError):
+        build([text], out, encode=failing, **plan)
+    (written,) = out.glob("tokens*")
+    written.unlink() if left is None else os.truncate(written, left)
+    assert build([text], out, encode=encode, **plan) == straight
 
 
 def test_what_cannot_be_built_is_refused(tmp_path: Path, folder: Path) -> None:

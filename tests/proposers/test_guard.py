@@ -106,6 +106,22 @@ def test_a_good_source_is_not_disabled(table_source: Any) -> None:
     assert not source.disabled
 
 
+def test_a_source_that_has_failed_is_not_tried_again(
+    table_source: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed: set[str] = set()
+    with caplog.at_level(logging.ERROR, "vllm.vllm_ext"):
+        for _ in range(3):  # drafters that are built anew
+            broken = failing(table_source, "root", ValueError("y"))
+            source = GuardedSource("theirs", broken, None, failed)
+            drafter = TreeDrafter(VOCAB, DySpecOptions(), FREE, [source])
+            drafter.start("a", [1], greedy=True)
+            for _ in range(3):
+                drafter.propose(["a"])
+    assert failed == {"theirs"}
+    assert len(caplog.records) == 1
+
+
 def test_a_source_that_goes_in_circles_is_cut_at_the_limits(table_source: Any) -> None:
     source = GuardedSource("loop", table_source({1: {1: 1.0}}), VOCAB)
     drafter = TreeDrafter(VOCAB, DySpecOptions(max_nodes=9, max_depth=5), FREE, [source])

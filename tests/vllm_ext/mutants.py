@@ -42,7 +42,28 @@ def _one_wrong_slot(step: Any, paths: Any, layers: Any, slot_mappings: Any) -> N
 
 
 class MutantWorker(TreeCPUWorker):
-    """The real worker, plus :meth:`mutate`."""
+    """The real worker, plus :meth:`mutate` and ways to see what it does."""
+
+    _cut_trees = 0
+
+    def cut_trees(self) -> int:
+        """Branching trees so far of which the scheduler kept some nodes, and not all.
+
+        Begins to count when first called.
+        """
+        if runner_module.build_step is step_module.build_step:
+            runner_module.build_step = self._count_cut_trees
+        return self._cut_trees
+
+    def _count_cut_trees(
+        self, request_ids: Any, scheduled: Any, proposed: Any, *rest: Any
+    ) -> step_module.Step:
+        step = step_module.build_step(request_ids, scheduled, proposed, *rest)
+        for request_id, kept in zip(request_ids, step.trees, strict=True):
+            whole = proposed.get(request_id)
+            if whole and 0 < len(kept) < len(whole) and not kept.is_chain:
+                self._cut_trees += 1
+        return step
 
     def mutate(self, name: str) -> list[str]:
         """Break one thing (``none`` repairs everything) and return what can be broken."""
@@ -105,3 +126,32 @@ class MutantWorker(TreeCPUWorker):
         """The worker's own counters, as plain numbers."""
         runner: Any = self.model_runner
         return dict(runner._counters.snapshot())
+
+    def draft_from_prompts(self, rows: int) -> None:
+        """From now on bigrams alone are drafted, forgotten by this call and learnt from so many
+        rows of each prompt as well; below 0 all is as at first.
+        """
+        runner: Any = self.model_runner
+        true = runner.__dict__.setdefault("_true_options", runner._options)
+        changes = {"prompt_rows": rows, "sources": ["bigram"]} if rows >= 0 else {}
+        runner._options = true.model_copy(update=changes)
+        runner._drafting = runner._new_drafting()
+
+    def best_bigrams(self, tokens: list[int]) -> list[int]:
+        """What the bigrams hold likeliest after each token, -1 for nothing; see
+        :meth:`draft_from_prompts`.
+        """
+        runner: Any = self.model_runner
+        (source,) = runner._drafting.drafter._sources
+        best = []
+        for token in tokens:
+            source.start("probe", [token], greedy=True)
+            _, found = source.candidates(source.root("probe"))
+            best.append(max(found, key=found.__getitem__, default=-1))
+        source.stop("probe")
+        return best
+
+    def failed_sources(self) -> list[str]:
+        """Names of the sources that are disabled."""
+        runner: Any = self.model_runner
+        return sorted(runner._resources.failed)

@@ -15,6 +15,7 @@ import pytest
 
 from proposers import CostModel, TokenTree, VerifiedRows
 from proposers.datastore import DatastoreError
+from proposers.guard import GuardedSource
 from proposers.prime import PrimeError, PrimeTable
 from proposers.registry import RegistrationError
 from vllm_ext.build import BUILT_IN, build_drafter, check_resources, load_resources
@@ -98,6 +99,37 @@ def test_every_method_drafts_a_repetition_or_what_was_seen(
     (tree,) = made.propose(["r"])
     assert tree.tokens[0] == ord(" ")
     made.stop("r")
+
+
+def nodes_drafted(model: Any, store: Path, method: str, /, **given: Any) -> int:
+    """Nodes of one step for twenty requests that repeat themselves."""
+    required: dict[str, dict[str, Any]] = {
+        "datastore": {"datastore": str(store)},
+        "pearl": {"model": "none here", "sources": ["suffix"]},
+    }
+    made = drafter(model, method, **{**required.get(method, {}), **given})
+    names = [str(i) for i in range(20)]
+    for name in names:
+        made.start(name, text("the cat sat on the mat, the cat"), greedy=True)
+    rows = VerifiedRows(
+        np.array([text("at"), text("t ")], np.int64),
+        np.array([text(" ,"), text("so")], np.int64),
+        np.array([[0.9, 0.05], [0.9, 0.05]], np.float32),
+        np.zeros(2, np.int64),
+    )
+    made.observe(rows)
+    return sum(map(len, made.propose(names)))
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"self_draft"}))
+def test_nodes_per_step_are_limited_by_an_option(model: Any, store: Path, method: str) -> None:
+    assert nodes_drafted(model, store, method, max_batch_nodes=7) == 7
+    assert nodes_drafted(model, store, method, max_batch_nodes=4096) > 7
+
+
+def test_the_default_limit_can_be_raised(model: Any, store: Path) -> None:
+    assert nodes_drafted(model, store, "dyspec") == 128
+    assert nodes_drafted(model, store, "dyspec", max_batch_nodes=4096) > 128
 
 
 def test_without_its_model_and_without_sources_nothing_is_drafted(model: Any) -> None:
@@ -188,6 +220,49 @@ def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
         model_hash(tmp_path)
     with pytest.raises(IdentityError, match="holds no tokenizer"):
         tokenizer_hash(tmp_path / "a")
+
+
+FENCED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("dyspec", {"sources": [name]}) for name in BUILT_IN},
+    "datastore": ("dyspec", {"sources": ["suffix"], "datastore": True}),
+    "past_outputs": ("dyspec", {"sources": ["suffix"], "past_outputs_mib": 1}),
+    "bigram (static tree)": ("token_recycling", {}),
+    "store (aded)": ("aded", {}),
+    "suffix (rasd)": ("rasd", {}),
+    "copy (copy)": ("copy", {}),
+}
+
+
+@pytest.mark.parametrize("name", FENCED)
+def test_a_built_in_source_that_fails_is_disabled(
+    model: Any, store: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    method, given = FENCED[name]
+    given = {key: str(store) if value is True else value for key, value in given.items()}
+    options = parse_options(METHODS[method], {"adaptive": False, **given})
+    resources = load_resources(options, model, None)
+    name = name.split()[0]
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the disk is gone")
+
+    with caplog.at_level(logging.ERROR, "vllm.vllm_ext"):
+        for _ in range(2):  # a drafter that is built anew, after another failure
+            made = build_drafter(method, options, resources, CostModel([(1, 1.0), (999, 1.0)]))
+            fences = [source for source in made._sources if isinstance(source, GuardedSource)]
+            assert len(fences) == len(made._sources)
+            for fence in fences:
+                if fence._name == name and not fence.disabled:
+                    fence._source.root = broken  # type: ignore[union-attr]
+            made.start("r", text("the cat, the c"), greedy=True)
+            for token in text("at, the"):
+                (tree,) = made.propose(["r"])
+                tree.validate()
+                made.extend("r", [token])
+            assert [f._name for f in fences if f.disabled] == [name]
+    assert [record.message for record in caplog.records] == [
+        f"vllm-ext: source {name!r} is disabled, it failed with RuntimeError: the disk is gone"
+    ]
 
 
 # -- sources of other packages -------------------------------------------------------------------

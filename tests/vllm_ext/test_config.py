@@ -77,7 +77,15 @@ def test_a_second_pass_changes_nothing_but_the_worker() -> None:
     assert (args.speculative_config, args.additional_config) == before
 
 
-@pytest.mark.parametrize("config", [None, {"method": "ngram", "num_speculative_tokens": 3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"method": "ngram", "num_speculative_tokens": 3},
+        {"method": ["dyspec"]},  # vLLM refuses it, see test_plugin.py
+        {"method": {"dyspec": 1}},
+    ],
+)
 def test_others_are_left_alone(config: dict[str, Any] | None) -> None:
     args, parallel = translated(config)
     assert args.speculative_config == config

@@ -24,3 +24,15 @@ def test_routes_state_and_background(monkeypatch) -> None:
     assert "/v1/constraints/results" in [getattr(route, "path", "") for route in app.routes]
     assert app.state.vllm_ext_engine is engine
     assert app.state.vllm_ext_background == ("begun for", engine)
+
+
+def test_switched_off_it_adds_nothing(monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_EXT_DISABLE", "1")
+    monkeypatch.setattr(background, "start", lambda engine: ("begun for", engine))
+    app = FastAPI()
+    routes, middleware = list(app.routes), list(app.user_middleware)
+    plugin = Endpoints()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(SimpleNamespace(), app.state, Namespace()))
+    assert (app.routes, app.user_middleware) == (routes, middleware)
+    assert not app.state._state

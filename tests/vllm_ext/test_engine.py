@@ -26,7 +26,12 @@ from tests.vllm_ext.engine import (
 
 pytestmark = pytest.mark.engine
 
-SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 12, "adaptive": False}
+SPECULATIVE = {
+    "method": "dyspec",
+    "num_speculative_tokens": 12,
+    "adaptive": False,
+    "min_probability": 0.0,
+}
 PROCESSORS = ["tests.vllm_ext.processors:AlternatingBan"]
 
 
@@ -115,13 +120,13 @@ def test_same_tokens_when_every_request_differs(engines: tuple[Any, Any]) -> Non
 
 def test_trees_branch_and_are_accepted(engines: tuple[Any, Any]) -> None:
     _, ours = engines
-    texts(ours, prompts(6, seed=5), params(ignore_eos=True))
+    texts(ours, prompts(24, seed=5), params(ignore_eos=True))
     counters = ours.collective_rpc("tree_counters")[0]
     assert counters["branching_trees"] > 50
-    assert counters["accepted_tokens"] > 50
+    assert counters["accepted_tokens"] > 20
     assert counters["emitted_tokens"] >= counters["accepted_tokens"] + counters["request_steps"]
     metrics = spec_metrics(ours)
-    assert metrics["num_accepted_tokens"] > 50
+    assert metrics["num_accepted_tokens"] > 20
     assert metrics["num_draft_tokens"] > metrics["num_accepted_tokens"]
 
 
@@ -148,7 +153,9 @@ def test_generates_to_the_last_position(engines: tuple[Any, Any]) -> None:
     requests = prompts(3, seed=9)
     endless = params(max_tokens=None, ignore_eos=True)
     expected = texts(plain, requests, endless)
+    cut = ours.collective_rpc("cut_trees")[0]
     assert texts(ours, requests, endless) == expected
+    assert ours.collective_rpc("cut_trees")[0] > cut  # the last trees were too large
     lengths = [
         len(request["prompt_token_ids"]) + len(samples[0])
         for request, samples in zip(requests, expected, strict=True)
@@ -172,13 +179,19 @@ def test_cached_prefixes_change_nothing(engines: tuple[Any, Any]) -> None:
 
 
 def test_seed_with_a_chunked_prompt(engines: tuple[Any, Any]) -> None:
-    """vLLM's CPU engine alone dies of this (it rolls back a generator that cannot be)."""
+    """vLLM's CPU engine alone dies of this (it rolls back a generator that cannot be).
+
+    So the plain engine, which has room for whole prompts, does not chunk these.
+    """
     plain, ours = engines
     long = prompts(2, seed=4, longest=60)
     long = [{"prompt_token_ids": (p["prompt_token_ids"] * 60)[:200]} for p in long]
     sampled = params(temperature=0.9, seed=12, max_tokens=20)
-    chunked = texts(ours, long, sampled)
-    assert chunked == texts(ours, long, sampled)  # again, now from cached prefixes
+    expected = texts(plain, long, sampled)
+    assert len({tuple(text) for (text,) in expected}) == len(long)
+    ours.reset_prefix_cache()
+    assert texts(ours, long, sampled) == expected
+    assert texts(ours, long, sampled) == expected  # again, now from cached prefixes
     short = prompts(1, seed=1)
     assert texts(ours, short, sampled) == texts(plain, short, sampled)
 
@@ -264,15 +277,65 @@ def test_every_mutation_changes_the_text(engines: tuple[Any, Any]) -> None:
     assert [texts(ours, requests, case) for case in cases] == expected
 
 
+def test_candidates_at_prompt_rows_are_learnt(engines: tuple[Any, Any]) -> None:
+    import torch
+
+    plain, ours = engines
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
+    tokens = (2 + order).tolist()  # each of them once
+    one = {"prompt_token_ids": tokens}
+    told = params(prompt_logprobs=1, max_tokens=2, ignore_eos=True)
+    (output,) = plain.generate([one], told, use_tqdm=False)
+    emitted = list(output.outputs[0].token_ids)
+    after = [
+        next(token for token, said in at.items() if said.rank == 1)
+        for at in output.prompt_logprobs[1:]
+    ]
+    asked = [place for place, token in enumerate(tokens[:-1]) if token not in emitted]
+    others = prompts(6, seed=62)
+    cases = [params(ignore_eos=True), params(temperature=0.9, seed=3, ignore_eos=True)]
+    try:
+        for rows in (0, 16):
+            ours.reset_prefix_cache()
+            ours.collective_rpc("draft_from_prompts", args=(rows,))
+            assert texts(ours, [one], params(max_tokens=2, ignore_eos=True)) == [[emitted]]
+            (found,) = ours.collective_rpc("best_bigrams", args=([tokens[i] for i in asked],))
+            learnt = range(len(tokens) - 1 - rows, len(tokens) - 1)
+            assert found == [after[i] if i in learnt else -1 for i in asked]
+            assert set(found) > {-1} or not rows
+            for case in cases:
+                assert texts(ours, others, case) == texts(plain, others, case)
+    finally:
+        ours.collective_rpc("draft_from_prompts", args=(-1,))
+
+
 @pytest.fixture(scope="module")
 def tight_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
-    """Ours with so few KV blocks that requests are preempted and resumed; and the model."""
+    """Ours with so few KV blocks that requests are preempted and resumed, and so small a budget of
+    tokens that trees are cut; and the model.
+    """
     model = make_tiny_model(tmp_path_factory.mktemp("model"))
     engine = make_engine(
-        model, {**SPECULATIVE, "num_speculative_tokens": 8}, num_gpu_blocks_override=20
+        model,
+        {**SPECULATIVE, "num_speculative_tokens": 8},
+        num_gpu_blocks_override=20,
+        max_num_batched_tokens=32,
     )
     yield engine, model
     engine.llm_engine.engine_core.shutdown()
+
+
+def test_trees_cut_by_the_schedulers_budget_give_the_same_text(
+    engines: tuple[Any, Any], tight_engine: tuple[Any, Any]
+) -> None:
+    plain, _ = engines
+    tight, _ = tight_engine
+    requests = prompts(6, seed=51, longest=20)
+    tight.collective_rpc("cut_trees")
+    for case in (params(ignore_eos=True), params(temperature=0.9, seed=2, ignore_eos=True)):
+        before = tight.collective_rpc("cut_trees")[0]
+        assert texts(tight, requests, case) == texts(plain, requests, case)
+        assert tight.collective_rpc("cut_trees")[0] > before
 
 
 def test_preempted_requests_resume_with_the_same_text(
@@ -358,6 +421,7 @@ def test_every_method_gives_the_same_tokens(
     engines: tuple[Any, Any],
     resources: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     method: str,
     options: dict[str, Any],
@@ -374,7 +438,7 @@ def test_every_method_gives_the_same_tokens(
     speculative = {"method": method, "max_nodes": 12, "adaptive": False, **named}
     plain, _ = engines
     engine = make_engine(resources["model"], speculative)
-    before = engine.collective_rpc("tree_counters")[0]  # engines of one process share counters
+    before = engine.collective_rpc("tree_counters")[0]
     try:
         requests = prompts(6, seed=71)
         begun = texts(plain, requests, params(ignore_eos=True))
@@ -384,6 +448,11 @@ def test_every_method_gives_the_same_tokens(
             assert texts(engine, requests, case) == texts(plain, requests, case)
         after = engine.collective_rpc("tree_counters")[0]
         assert after["drafting_errors"] == before["drafting_errors"]
+        failing = [name for name in options.get("sources", ()) if name == "failing"]
+        assert engine.collective_rpc("failed_sources")[0] == failing
+        log = "".join(capfd.readouterr())  # of the engine's processes as well
+        assert log.count("is disabled, it failed with") == len(failing)
+        assert log.count("source 'failing' is disabled") == len(failing)
         if method != "datastore":  # random bytes do not occur in its text
             assert after["accepted_tokens"] > before["accepted_tokens"]
     finally:

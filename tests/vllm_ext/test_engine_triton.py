@@ -62,7 +62,7 @@ def test_a_draft_model_through_the_triton_kernel(tmp_path: Path) -> None:
         own = {"model": str(model), "sources": [], "min_probability": 0.0}
         engine = make_engine(model, {**SPECULATIVE, **own})
     try:
-        before = engine.collective_rpc("state")[0]  # engines of one process share counters
+        before = engine.collective_rpc("state")[0]
         greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
         texts(engine, prompts(2, seed=5, longest=20), greedy)
         after = engine.collective_rpc("state")[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ext.methods import METHODS, OptionError, parse_options
+from vllm_ext.methods import METHODS, OptionError, parse_options, unknown_method
 
 DYSPEC = METHODS["dyspec"]
 
@@ -43,6 +43,25 @@ def test_max_nodes_is_another_name() -> None:
 def test_a_required_option_is_asked_for() -> None:
     with pytest.raises(OptionError, match=r"'datastore' is required.*datastore \(required\)"):
         parse_options(METHODS["datastore"], {})
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("dyspek", "Did you mean 'dyspec'?"),
+        ("DySpec", "Did you mean 'dyspec'?"),
+        ("ngrams", "Did you mean 'ngram' or"),
+        ("Token-Recycling", "Did you mean 'token_recycling'?"),
+        (["dyspec"], "Did you mean 'dyspec'?"),
+        ("zzz", "method 'zzz'. Methods"),
+        (3, "method 3. Methods"),
+    ],
+)
+def test_an_unknown_method_is_told_what_there_is(given: Any, hint: str) -> None:
+    message = str(unknown_method(given, ["ngram", "eagle"]))
+    assert repr(given) in message
+    assert hint in message
+    assert f"Methods of vllm-ext: {', '.join(METHODS)}; of vLLM: ngram, eagle." in message
 
 
 @pytest.mark.parametrize("layers", [4, [0, 2, 5]])

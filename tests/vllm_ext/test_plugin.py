@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import EngineArgs
+from pydantic import ValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_ext import hooks, plugin
-from vllm_ext.config import PLACEHOLDER_CLASS
+from vllm_ext import background, hooks, plugin
+from vllm_ext.config import CONFIG_KEY, PLACEHOLDER_CLASS
+from vllm_ext.methods import OptionError
 
 
 def test_the_entry_point_is_installed() -> None:
@@ -41,6 +45,81 @@ def test_the_command_line_knows_our_methods() -> None:
     assert (given.spec_method, given.spec_tokens) == ("dyspec", 5)
     with pytest.raises(SystemExit):
         parser.parse_args(["--spec-method", "no_such_method"])
+
+
+def speculate(config: dict[str, Any]) -> Any:
+    """What vLLM makes of a speculative config, with our hook around it."""
+    plugin.register()
+    args = EngineArgs(model="m", speculative_config=config)
+    return args.create_speculative_config(None, None)
+
+
+@pytest.mark.parametrize("method", ["dyspek", "DySpec", ["dyspec"], {"dyspec": 1}, 7])
+def test_a_method_that_nobody_has_is_told_who_has_what(method: Any) -> None:
+    with pytest.raises(OptionError, match=r"of vllm-ext: dyspec, .*of vLLM: ngram, .*eagle"):
+        speculate({"method": method, "num_speculative_tokens": 3})
+    if method != 7:
+        with pytest.raises(OptionError, match="Did you mean 'dyspec'"):
+            speculate({"method": method, "max_depth": 3})
+
+
+def test_methods_of_vllm_are_left_to_vllm() -> None:
+    assert speculate({"method": "custom_class", "model": "a.B", "num_speculative_tokens": 3})
+    with pytest.raises(ValidationError) as error:
+        speculate({"method": "ngram", "num_speculative_tokens": -3})
+    assert "vllm-ext" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "plugins", "server", "advice"),
+    [
+        ("background", None, True, "set VLLM_PLUGINS=vllm_ext"),
+        ("background", "another", True, "set VLLM_PLUGINS=vllm_ext"),
+        ("background", "vllm_ext", False, "only a server.*vllm-ext prime --model"),
+        ("background", "another,vllm_ext", True, None),
+        ("auto", None, True, None),
+        ("off", None, False, None),
+    ],
+)
+def test_priming_that_cannot_happen_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    option: str,
+    plugins: str | None,
+    server: bool,
+    advice: str | None,
+) -> None:
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    background.warn_if_impossible.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+        for _ in range(3):
+            background.warn_if_impossible(option, server=server)
+    assert len(caplog.records) == (advice is not None)
+    assert re.search(advice or "^$", caplog.text)
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_the_hook_knows_a_server(monkeypatch: pytest.MonkeyPatch, server: bool) -> None:
+    plugin.register()
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        background, "warn_if_impossible", lambda option, server: asked.append((option, server))
+    )
+    monkeypatch.setattr("vllm_ext.worker.metrics.share_with_workers", lambda: None)
+    monkeypatch.setattr("vllm_ext.config.translate", lambda *_: None)
+    args = (AsyncEngineArgs if server else EngineArgs)(model="m")
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": PLACEHOLDER_CLASS,
+        "num_speculative_tokens": 3,
+    }
+    args.additional_config = {CONFIG_KEY: {"method": "dyspec", "options": {"prime": "background"}}}
+    args.create_speculative_config(None, None)
+    assert asked == [("background", server)]
 
 
 def test_min_p_is_refused_for_others_and_allowed_for_us() -> None:
@@ -111,18 +190,24 @@ def test_a_moved_front_end_leaves_others_alone(
     assert "vllm.engine.arg_utils:Nothing" in caplog.text
 
 
-def test_an_untested_vllm_warns(
+def test_an_untested_vllm_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import vllm
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(vllm, "__version__", "0.32.7")
     with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+        plugin.warn_if_untested.cache_clear()
         plugin.warn_if_untested()
         assert caplog.text == ""
         monkeypatch.setattr(vllm, "__version__", "9.9.1")
-        plugin.warn_if_untested()
+        plugin.warn_if_untested.cache_clear()
+        for _ in range(3):
+            plugin.warn_if_untested()
+    assert len(caplog.records) == 1
     assert "9.9.1" in caplog.text
+    plugin.warn_if_untested.cache_clear()
 
 
 def test_constraints_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

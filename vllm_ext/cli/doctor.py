@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from logits_processors.switch import VARIABLE, is_disabled
 from vllm_ext.cli import engines, environment
 
 ENTRY_POINT_GROUPS = ("vllm.general_plugins", "vllm.logits_processors", "vllm_ext.sources")
@@ -41,7 +42,7 @@ def diagnose() -> dict[str, Any]:
         "versions": environment.installed_versions(),
         "platform": _platform(),
         "runner": _runner(),
-        "disabled": os.environ.get("VLLM_EXT_DISABLE", "") not in ("", "0"),
+        "disabled": is_disabled(),
         "entry_points": {
             group: {entry.name: entry.value for entry in entry_points(group=group)}
             for group in ENTRY_POINT_GROUPS
@@ -100,7 +101,9 @@ def _print(diagnosis: dict[str, Any]) -> None:
     facts |= {name: found or "not installed" for name, found in diagnosis["versions"].items()}
     facts |= {group: ", ".join(e) or "none" for group, e in diagnosis["entry_points"].items()}
     if diagnosis["disabled"]:
-        facts["VLLM_EXT_DISABLE"] = "set: vLLM runs as if this plugin were not installed"
+        facts[VARIABLE] = (
+            "set: vLLM runs as if this plugin were not installed, and refuses requests of ours"
+        )
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         typer.echo(f"{name:{width}}{value}")

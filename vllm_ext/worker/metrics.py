@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of the worker, shown by the server's ``/metrics``.
+"""Counters of the workers, shown by the server's ``/metrics``.
 
 vLLM's own counters travel with the scheduler's statistics, which have no room for ours.  The worker
-therefore keeps its counters in a small memory-mapped file that the front end made and named in the
-environment, and a collector in the front end reads it whenever ``/metrics`` is asked.  In the
-multiprocess mode (several API servers) the worker's ``prometheus_client`` counters are collected by
-vLLM.
+that speaks for an engine therefore keeps its counters in a small memory-mapped file of its own, in
+a folder that the front end made and named in the environment, and a collector in the front end adds
+the files up whenever ``/metrics`` is asked: with data parallelism the numbers are those of all
+engines on this machine.  In the multiprocess mode (several API servers) the workers'
+``prometheus_client`` counters are collected by vLLM.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-FILE_VARIABLE = "VLLM_EXT_METRICS_FILE"
+FOLDER_VARIABLE = "VLLM_EXT_METRICS_FOLDER"
 _PREFIX = "vllm_ext:"
 
 COUNTERS: tuple[tuple[str, str], ...] = (
@@ -51,7 +54,7 @@ _SLOTS = len(COUNTERS) + len(TREE_SIZE_BUCKETS) + 1  # the last slot sums the tr
 
 
 class Counters:
-    """The worker's side: float64 slots, in the shared file if there is one.
+    """The worker's side: float64 slots, in a file of the shared folder if there is one.
 
     Args:
         shared: whether this process speaks for its engine (one rank of a tensor-parallel group
@@ -59,12 +62,12 @@ class Counters:
     """
 
     def __init__(self, *, shared: bool) -> None:
-        path = os.environ.get(FILE_VARIABLE)
-        self._values: Any
-        if shared and path and os.path.exists(path):
-            self._values = np.memmap(path, dtype=np.float64, mode="r+", shape=(_SLOTS,))
-        else:
-            self._values = np.zeros(_SLOTS)
+        folder = os.environ.get(FOLDER_VARIABLE)
+        self._values: Any = np.zeros(_SLOTS)
+        if shared and folder and os.path.isdir(folder):  # a worker of another machine has none
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                self._values.tofile(file)
+            self._values = np.memmap(file.name, dtype=np.float64, mode="r+", shape=(_SLOTS,))
         self._prometheus = _multiprocess_counters() if shared else None
 
     def add(self, name: str, amount: float) -> None:
@@ -87,8 +90,11 @@ class Counters:
         return {name: float(value) for name, value in zip(_NAMES, self._values, strict=False)}
 
 
+@functools.cache
 def _multiprocess_counters() -> dict[str, Any] | None:
-    """``prometheus_client`` counters, if they are shared between processes."""
+    """``prometheus_client`` counters, if they are shared between processes; one set per process,
+    because names cannot be registered twice.
+    """
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
     from prometheus_client import Counter, Histogram
@@ -100,17 +106,21 @@ def _multiprocess_counters() -> dict[str, Any] | None:
     return found
 
 
-class _FileCollector:
-    """Prometheus collector that reads the worker's file."""
+class _FolderCollector:
+    """Prometheus collector that adds up the workers' files."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def collect(self) -> Iterator[Any]:
         """Yield the current value of every counter."""
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-        values = np.fromfile(self._path, dtype=np.float64)
+        values = np.zeros(_SLOTS)
+        for file in self._folder.iterdir():
+            found = np.fromfile(file, dtype=np.float64)
+            if len(found) == _SLOTS:  # else its worker is about to fill it
+                values += found
         for (name, doc), value in zip(COUNTERS, values, strict=False):
             yield CounterMetricFamily(_PREFIX + name, doc, value=float(value))
         counts = np.cumsum(values[len(COUNTERS) : _SLOTS - 1])
@@ -127,16 +137,14 @@ class _FileCollector:
 
 
 def share_with_workers() -> None:
-    """Front end: make the file, name it to the processes to come, and collect from it."""
+    """Front end: make the folder, name it to the processes to come, and collect from it."""
     global _shared
-    if _shared:  # several engines of one process share their counters
+    if _shared:  # all engines of one process are counted together
         return
     _shared = True
     from prometheus_client import REGISTRY
 
-    handle, path = tempfile.mkstemp(prefix="vllm-ext-metrics-")
-    with os.fdopen(handle, "wb") as file:
-        np.zeros(_SLOTS).tofile(file)
-    atexit.register(Path(path).unlink, missing_ok=True)
-    os.environ[FILE_VARIABLE] = path
-    REGISTRY.register(_FileCollector(path))
+    folder = tempfile.mkdtemp(prefix="vllm-ext-metrics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[FOLDER_VARIABLE] = folder
+    REGISTRY.register(_FolderCollector(Path(folder)))

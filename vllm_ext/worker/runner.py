@@ -45,6 +45,9 @@ from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
 logger = init_logger("vllm.vllm_ext")
 
 _CALIBRATION_ROUNDS = 5
+_MOST_FAILURES = 8.0
+_FORGIVEN = 0.01
+"""Failures of drafting after which it stays off, and what each step that succeeds takes back."""
 
 
 class TreeRunnerMixin(SampledDraftsMixin):
@@ -66,6 +69,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
         self._counters = Counters(shared=get_tp_group().rank_in_group == 0)
         self._timer = StepTimer()
         self._drafting: Drafting | None = None
+        self._failures = 0.0
         self._step: Step | None = None
         self._walked: WalkResult | None = None
         self._seen: Candidates | None = None
@@ -241,11 +245,18 @@ class TreeRunnerMixin(SampledDraftsMixin):
 
     def _try_to_draft(self: Any, *step: Any) -> dict[str, TokenTree]:
         """Draft, or go on without a draft: nothing in drafting may take the engine down."""
+        if self._failures >= _MOST_FAILURES:
+            return {}
         try:
-            return dict(self._draft(*step))
+            trees = dict(self._draft(*step))
+            self._failures = max(0.0, self._failures - _FORGIVEN)
+            return trees
         except Exception:
             logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
             self._counters.add("drafting_errors", 1)
+            self._failures += 1.0
+            if self._failures >= _MOST_FAILURES:
+                logger.error("vllm-ext: drafting fails again and again and stays off; see above")
             self.drop_failed_draft_model()
             self._drafting = self._new_drafting()
             return {}

@@ -51,7 +51,6 @@ WIDTH = 128
 
 _DRAFTING, _VERIFYING = 0, 1  # streams of a request's dice
 _WIDTHS = (1, 2, 3, 4, 6, 8)
-_MOST_NODES = 128  # over all requests of a step, as for named trees
 
 Rule: TypeAlias = Literal["swor", "kseq", "block"]
 Grow: TypeAlias = Callable[[SampledTree, int, int, Chance], LevelwiseGrowth]
@@ -116,15 +115,24 @@ class SampledDrafting:
         predictor: the draft model.
         seed: of the engine.
         max_depth: most levels of a tree.
+        max_batch_nodes: most nodes of a step, as for named trees.
         adaptive: whether trees are sized, and left out, by cost.
     """
 
     def __init__(
-        self, rule: Rule, predictor: RowPredictor, *, seed: int, max_depth: int, adaptive: bool
+        self,
+        rule: Rule,
+        predictor: RowPredictor,
+        *,
+        seed: int,
+        max_depth: int,
+        max_batch_nodes: int,
+        adaptive: bool,
     ) -> None:
         self._rule = rule
         self._predictor = predictor
         self._seed = seed
+        self._max_batch_nodes = max_batch_nodes
         self._adaptive = adaptive
         self._gate = Gate(patience=RARELY) if adaptive else None
         self._size = SizeByExpectation((1,) if rule == "block" else _WIDTHS, max_depth)
@@ -155,7 +163,7 @@ class SampledDrafting:
         self._size.forget()
         for applicant in applicants:
             self._drawn.pop(applicant.request, None)
-        budget = min(_MOST_NODES, most_rows - base_rows)
+        budget = min(self._max_batch_nodes, most_rows - base_rows)
         applicants = applicants[: max(0, budget)]
         if not applicants or (self._gate is not None and not self._gate.wants_draft(base_rows)):
             return {}

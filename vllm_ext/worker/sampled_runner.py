@@ -45,6 +45,7 @@ class SampledDraftsMixin(PearlMixin):
             self._predictor,
             seed=self.model_config.seed,
             max_depth=self._options.max_depth,
+            max_batch_nodes=self._options.max_batch_nodes,
             adaptive=self._options.adaptive,
         )
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,3 +90,49 @@ def test_each_processor_sees_what_the_others_left() -> None:
     TreeRunnerMixin._prune_forbidden(runner(first, second), trees, ["a", "b"])
     assert trees["b"].tokens == (8,)
     assert second.asked == [(1, (7, 8))]
+
+
+def drafting_runner(fails: Callable[[int], bool]) -> Any:
+    """A runner whose n-th attempt to draft fails where `fails` says so."""
+    counts = {"attempts": 0, "drafting_errors": 0.0}
+
+    def draft(*_: Any) -> dict[str, TokenTree]:
+        counts["attempts"] += 1
+        if fails(counts["attempts"]):
+            raise RuntimeError("in the grower")
+        return {"a": TokenTree.EMPTY}
+
+    def add(name: str, amount: float) -> None:
+        counts[name] += amount
+
+    return SimpleNamespace(
+        counts=counts,
+        _failures=0.0,
+        _draft=draft,
+        _counters=SimpleNamespace(add=add),
+        _timer=SimpleNamespace(exclude=lambda seconds: None),
+        draft_model_seconds=lambda: 0.0,
+        drop_failed_draft_model=lambda: None,
+        _new_drafting=lambda: None,
+    )
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_drafting_that_keeps_failing_stays_off(
+    every: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine = drafting_runner(lambda attempt: attempt % every == 0)
+    with caplog.at_level(logging.ERROR, "vllm.vllm_ext"):
+        drafted = [TreeRunnerMixin._try_to_draft(engine) for _ in range(200)]
+    assert engine.counts["drafting_errors"] == pytest.approx(8, abs=1)
+    assert engine.counts["attempts"] < 30
+    assert drafted[-1] == {}
+    assert caplog.text.count("stays off") == 1
+
+
+def test_rare_failures_are_forgiven() -> None:
+    engine = drafting_runner(lambda attempt: attempt % 150 == 0)
+    drafted = [TreeRunnerMixin._try_to_draft(engine) for _ in range(3001)]
+    assert engine.counts == {"attempts": 3001, "drafting_errors": 20}
+    assert drafted[-1]

@@ -62,8 +62,12 @@ class Table:
         return 0.1
 
 
-def drafting(rule: Rule, predictor: Any, *, adaptive: bool = False, depth: int = 4) -> Any:
-    return SampledDrafting(rule, predictor, seed=11, max_depth=depth, adaptive=adaptive)
+def drafting(
+    rule: Rule, predictor: Any, *, adaptive: bool = False, depth: int = 4, nodes: int = 128
+) -> Any:
+    return SampledDrafting(
+        rule, predictor, seed=11, max_depth=depth, max_batch_nodes=nodes, adaptive=adaptive
+    )
 
 
 def applicant(
@@ -105,6 +109,8 @@ def test_limits(rule: Rule) -> None:
     few = propose(drafting(rule, Table()), [applicant("a"), applicant("b")], most_rows=8)
     assert 2 <= sum(map(len, few.values())) <= 6
     assert not propose(drafting(rule, Table()), [applicant("a")], most_rows=1)
+    small = propose(drafting(rule, Table(), nodes=6), [applicant("a"), applicant("b")])
+    assert 0 < sum(map(len, small.values())) <= 6
 
 
 def test_what_cannot_be_read_is_left_to_others() -> None:
