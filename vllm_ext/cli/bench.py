@@ -118,6 +118,7 @@ def command(
     except (ArmError, PromptFileError) as error:
         raise typer.BadParameter(str(error)) from error
     engines.require_vllm()
+    engines.require_peers(arm.speculative_config for arm in settings.arms)
     engines.require_bench_extra("scipy", *(["matplotlib"] if plot else []))
     try:
         result = measure(settings, rows)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_ext.cli import app, bench, verify
+from vllm_ext.cli import app, bench, engines, verify
 from vllm_ext.cli.engine_types import EngineConfig, EngineError
 
 
@@ -47,6 +47,29 @@ def test_wrong_usage_exits_with_2_before_any_engine_starts(
     assert result.exit_code == 2
     assert said in result.output
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_vllms_suffix_without_its_package_names_the_way_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fake_engines: list[Any]
+) -> None:
+    found = engines.importlib.util.find_spec
+
+    def hidden(name: str) -> Any:
+        return None if name == "arctic_inference" else found(name)
+
+    monkeypatch.setattr(engines.importlib.util, "find_spec", hidden)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    arguments = ["--model", "m", "--prompts", str(prompts), "--json", str(tmp_path / "out.json")]
+    arms = {"bench": ["--arms", "none,suffix"], "verify": ["--beside", "suffix"]}[command]
+    result = CliRunner().invoke(app, [command, *arguments, *arms], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert "make peers" in result.output
+    assert not fake_engines
+    # The method of this package needs nothing.
+    ours = ["--arms", "none,suffix_tree"] if command == "bench" else ["--beside", "suffix_tree"]
+    assert CliRunner().invoke(app, [command, *arguments, *ours]).exit_code == 0
 
 
 @pytest.mark.parametrize(("command", "module"), [("bench", bench), ("verify", verify)])
