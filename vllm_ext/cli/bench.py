@@ -22,11 +22,16 @@ from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineError
 from vllm_ext.cli.progress import progress
 from vllm_ext.cli.prompts import EncodedPrompt, Prompt, PromptFileError, fitting, load_datasets
+from vllm_ext.cli.served_engine import ServedEngine
+from vllm_ext.cli.server_process import exit_on_sigterm
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A benchmark as asked for; `max_model_len` bounds prompt plus generated tokens."""
+    """A benchmark as asked for; `max_model_len` bounds prompt plus generated tokens.
+
+    With `server`, every arm is a `vllm serve` and a batch is so many requests at once.
+    """
 
     model: str
     arms: Sequence[Arm]
@@ -36,6 +41,7 @@ class Settings:
     eager: bool | None = None
     prefix_caching: bool = False
     raw: bool = False
+    server: bool = False
     llm: dict[str, Any] = field(init=False)
     env: dict[str, str] = field(init=False)
 
@@ -73,8 +79,16 @@ def command(
     ] = "none,ngram,dyspec",
     arm_config: options.ArmConfig = None,
     draft: options.Draft = None,
+    server: Annotated[
+        bool,
+        typer.Option(
+            "--server",
+            help="Measure `vllm serve` over HTTP, streaming, instead of offline engines; times are "
+            "those of the client.",
+        ),
+    ] = False,
     batch: Annotated[
-        str, typer.Option(help="Comma-separated batch sizes: requests sent at once.")
+        str, typer.Option(help="Comma-separated batch sizes: requests sent at once (concurrency).")
     ] = "1",
     max_tokens: options.MaxTokens = 128,
     repeat: Annotated[
@@ -113,6 +127,7 @@ def command(
             eager=eager,
             prefix_caching=prefix_caching,
             raw=raw,
+            server=server,
         )
         rows = load_datasets(prompts, limit, sample)
     except (ArmError, PromptFileError) as error:
@@ -121,7 +136,8 @@ def command(
     engines.require_peers(arm.speculative_config for arm in settings.arms)
     engines.require_bench_extra("scipy", *(["matplotlib"] if plot else []))
     try:
-        result = measure(settings, rows)
+        with exit_on_sigterm():
+            result = measure(settings, rows)
     except PromptFileError as error:
         raise typer.BadParameter(str(error)) from error
     except EngineError as error:
@@ -164,19 +180,21 @@ def measure(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess]]:
+def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess | ServedEngine]]:
     """Engines of all arms by name, started one after the other and stopped together.
 
     One after the other, because they measure the machine when they start.
     """
-    running: dict[str, EngineProcess] = {}
+    running: dict[str, EngineProcess | ServedEngine] = {}
     try:
         with progress("starting engines", len(settings.arms)) as advance:
             for arm in settings.arms:
                 advance(0, arm.name)
                 config = arm.engine_config(settings.llm, settings.env)
                 try:
-                    running[arm.name] = EngineProcess(config)
+                    running[arm.name] = (
+                        ServedEngine(config) if settings.server else EngineProcess(config)
+                    )
                 except EngineError as error:
                     raise EngineError(f"arm {arm.name!r} did not start: {error}") from error
                 advance(1, arm.name)
@@ -200,6 +218,7 @@ def _describe(
     settings: Settings, prompts: Sequence[EncodedPrompt], *, num_rows: int
 ) -> dict[str, Any]:
     return {
+        "server": settings.server,
         "llm": settings.llm,
         "engine_environment": settings.env,
         "compiled": not settings.llm["enforce_eager"],
