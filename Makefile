@@ -18,7 +18,7 @@ FETCHED_MODEL = $(or $(MODEL),$$($(BIN)/vllm-ext model fetch))
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-previous lint types unit engine slow docs bench verify clean
+.PHONY: help install peers demo serve test test-previous lint types unit engine slow docs bench verify clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ $(READY): ci/install.py ci/vllm-alias/setup.py ci/vllm-alias/pyproject.toml pypr
 	@test -x $(BIN)/python || { echo "==> environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python ci/install.py --version $(VLLM) $(addprefix --engine ,$(ENGINE))
 	@touch $@
+
+peers: $(READY)  ## what vLLM's own method `suffix` needs, to compare with it (compiles 3 minutes)
+	@$(BIN)/python ci/peers.py
 
 demo: $(READY)  ## serve a small model with dyspec, chat with it, compare speeds, stop
 	@$(BIN)/python examples/demo.py $(ARGS)

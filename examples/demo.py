@@ -11,12 +11,8 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,15 +25,16 @@ from vllm_ext.cli.arms import parse_arms
 from vllm_ext.cli.bench import Settings, measure
 from vllm_ext.cli.bench_report import overview_table
 from vllm_ext.cli.bench_run import Plan
+from vllm_ext.cli.engine_types import EngineConfig, EngineError
 from vllm_ext.cli.model import fetch
 from vllm_ext.cli.progress import progress
 from vllm_ext.cli.prompts import load_prompts
+from vllm_ext.cli.server_process import ServerProcess, exit_on_sigterm
 
 PROMPTS = Path(__file__).parent / "prompts.jsonl"
 SPECULATION = {"method": "dyspec"}
 MAX_MODEL_LEN = 2048
 START_SECONDS = 300
-STOP_SECONDS = 30
 QUESTION = "Write a short Python function that counts the vowels of a word, and explain it."
 
 
@@ -54,14 +51,11 @@ def main(
     ] = None,
 ) -> None:
     """Serve a small model with dyspec, chat with it, and compare its speed with plain vLLM's."""
-    # A terminated demo stops its server too: SystemExit unwinds the context manager below.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     step("model")
     path = model or str(fetch())
     typer.echo(path)
-    chosen = port or (8000 if serve else free_port())
     step(f"vllm serve, with --speculative-config '{json.dumps(SPECULATION)}'")
-    with server(path, chosen) as url:
+    with exit_on_sigterm(), server(path, port or (8000 if serve else None)) as url:
         if serve:
             wait_for_interrupt(url)
         step("chat")
@@ -76,77 +70,32 @@ def step(text: str) -> None:
     typer.secho(f"\n==> {text}", bold=True)
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @contextlib.contextmanager
-def server(model: str, port: int) -> Iterator[str]:
+def server(model: str, port: int | None) -> Iterator[str]:
     """A running `vllm serve`; yields its address and stops it and all its processes at the end."""
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        model,
-        "--served-model-name=demo",
-        f"--port={port}",
-        f"--max-model-len={MAX_MODEL_LEN}",
-        f"--dtype={environment.fast_dtype()}",
-        f"--speculative-config={json.dumps(SPECULATION)}",
-    ]
-    if not environment.has_cuda():
-        command.append("--enforce-eager")  # compiling takes minutes on a CPU
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
-    with tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log") as log:
-        # A session of its own, so that its workers can be stopped with it, and Ctrl-C reaches
-        # only this program.
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_healthy(process, url, Path(log.name))
-            yield url
-        finally:
-            stop(process)
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait with a progress bar; end the program with the server's last words if it fails."""
-    with progress("starting (seconds)", START_SECONDS) as advance:
-        for _ in range(START_SECONDS):
-            if process.poll() is not None:
-                fail("the server ended", log)
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-            time.sleep(1)
-            advance(1, last_line(log))
-    fail(f"the server was not ready after {START_SECONDS} seconds", log)
-
-
-def last_line(log: Path) -> str:
-    """The end of the log, short enough for the progress bar."""
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.split("] ")[-1][:40] for line in reversed(lines) if line.strip()), "")
-
-
-def fail(reason: str, log: Path) -> NoReturn:
-    """End the program with the last lines of the server's log."""
-    typer.echo("\n".join(log.read_text(errors="replace").splitlines()[-40:]), err=True)
-    sys.exit(f"error: {reason}; its last lines are above")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server's whole process group, gently first."""
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    config = EngineConfig(
+        {
+            "model": model,
+            "max_model_len": MAX_MODEL_LEN,
+            "dtype": environment.fast_dtype(),
+            "speculative_config": SPECULATION,
+            "enforce_eager": not environment.has_cuda(),  # compiling takes minutes on a CPU
+        },
+        {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")},
+    )
+    try:
+        with progress("starting (seconds)", START_SECONDS) as advance:
+            running = ServerProcess(
+                config,
+                name="demo",
+                port=port,
+                start_seconds=START_SECONDS,
+                on_wait=lambda line: advance(1, line.split("] ")[-1][:40]),
+            )
+    except EngineError as error:
+        sys.exit(f"error: {error}")
+    with running:
+        yield running.url
 
 
 def wait_for_interrupt(url: str) -> NoReturn:

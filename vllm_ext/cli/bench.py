@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +21,17 @@ from vllm_ext.cli.bench_run import WARM_UP_TEXT, Plan, count_measurements, run
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineError
 from vllm_ext.cli.progress import progress
-from vllm_ext.cli.prompts import Prompt, PromptFileError, fitting, load_prompts
+from vllm_ext.cli.prompts import EncodedPrompt, Prompt, PromptFileError, fitting, load_datasets
+from vllm_ext.cli.served_engine import ServedEngine
+from vllm_ext.cli.server_process import exit_on_sigterm
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A benchmark as asked for; `max_model_len` bounds prompt plus generated tokens."""
+    """A benchmark as asked for; `max_model_len` bounds prompt plus generated tokens.
+
+    With `server`, every arm is a `vllm serve` and a batch is so many requests at once.
+    """
 
     model: str
     arms: Sequence[Arm]
@@ -35,6 +41,7 @@ class Settings:
     eager: bool | None = None
     prefix_caching: bool = False
     raw: bool = False
+    server: bool = False
     llm: dict[str, Any] = field(init=False)
     env: dict[str, str] = field(init=False)
 
@@ -60,7 +67,7 @@ class Settings:
 
 def command(
     model: options.Model,
-    prompts: options.Prompts,
+    prompts: options.PromptFiles,
     json_path: options.JsonPath,
     arms: Annotated[
         str,
@@ -72,8 +79,16 @@ def command(
     ] = "none,ngram,dyspec",
     arm_config: options.ArmConfig = None,
     draft: options.Draft = None,
+    server: Annotated[
+        bool,
+        typer.Option(
+            "--server",
+            help="Measure `vllm serve` over HTTP, streaming, instead of offline engines; times are "
+            "those of the client.",
+        ),
+    ] = False,
     batch: Annotated[
-        str, typer.Option(help="Comma-separated batch sizes: requests sent at once.")
+        str, typer.Option(help="Comma-separated batch sizes: requests sent at once (concurrency).")
     ] = "1",
     max_tokens: options.MaxTokens = 128,
     repeat: Annotated[
@@ -86,6 +101,7 @@ def command(
         float, typer.Option(min=0.0, help="0 is greedy; above, every request has a seed.")
     ] = 0.0,
     limit: options.Limit = None,
+    sample: options.Sample = None,
     raw: options.Raw = False,
     dtype: Annotated[str, typer.Option(help="Data type of weights and KV cache.")] = "bfloat16",
     max_model_len: options.MaxModelLen = 2048,
@@ -99,6 +115,8 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios to this image.")] = None,
 ) -> None:
     """Measure methods against plain vLLM: all arms take turns on the same prompts in one run."""
+    if limit is not None and sample is not None:
+        raise typer.BadParameter("give --limit (the first prompts) or --sample (evenly), not both")
     try:
         settings = Settings(
             model=model,
@@ -109,14 +127,17 @@ def command(
             eager=eager,
             prefix_caching=prefix_caching,
             raw=raw,
+            server=server,
         )
-        rows = load_prompts(prompts, limit)
+        rows = load_datasets(prompts, limit, sample)
     except (ArmError, PromptFileError) as error:
         raise typer.BadParameter(str(error)) from error
     engines.require_vllm()
+    engines.require_peers(arm.speculative_config for arm in settings.arms)
     engines.require_bench_extra("scipy", *(["matplotlib"] if plot else []))
     try:
-        result = measure(settings, rows)
+        with exit_on_sigterm():
+            result = measure(settings, rows)
     except PromptFileError as error:
         raise typer.BadParameter(str(error)) from error
     except EngineError as error:
@@ -153,21 +174,27 @@ def measure(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
                 advance(1, measurement.arm)
     return {
         "environment": {**before, "load_average_after": environment.describe()["load_average"]},
-        "settings": _describe(settings, num_rows=len(rows), num_prompts=len(prompts)),
+        "settings": _describe(settings, prompts, num_rows=len(rows)),
         "arms": bench_report.summarise(measurements),
     }
 
 
 @contextlib.contextmanager
-def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess]]:
-    """Engines of all arms by name, started one after the other and stopped together."""
-    running: dict[str, EngineProcess] = {}
+def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess | ServedEngine]]:
+    """Engines of all arms by name, started one after the other and stopped together.
+
+    One after the other, because they measure the machine when they start.
+    """
+    running: dict[str, EngineProcess | ServedEngine] = {}
     try:
         with progress("starting engines", len(settings.arms)) as advance:
             for arm in settings.arms:
                 advance(0, arm.name)
+                config = arm.engine_config(settings.llm, settings.env)
                 try:
-                    running[arm.name] = EngineProcess(arm.engine_config(settings.llm, settings.env))
+                    running[arm.name] = (
+                        ServedEngine(config) if settings.server else EngineProcess(config)
+                    )
                 except EngineError as error:
                     raise EngineError(f"arm {arm.name!r} did not start: {error}") from error
                 advance(1, arm.name)
@@ -175,7 +202,7 @@ def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess]]:
     finally:
         if running:
             with ThreadPoolExecutor(len(running)) as pool:
-                list(pool.map(EngineProcess.close, running.values()))
+                list(pool.map(lambda engine: engine.close(), running.values()))
 
 
 def print_tables(result: dict[str, Any]) -> None:
@@ -187,8 +214,11 @@ def print_tables(result: dict[str, Any]) -> None:
     console.print(bench_report.task_table(result["arms"]))
 
 
-def _describe(settings: Settings, *, num_rows: int, num_prompts: int) -> dict[str, Any]:
+def _describe(
+    settings: Settings, prompts: Sequence[EncodedPrompt], *, num_rows: int
+) -> dict[str, Any]:
     return {
+        "server": settings.server,
         "llm": settings.llm,
         "engine_environment": settings.env,
         "compiled": not settings.llm["enforce_eager"],
@@ -198,8 +228,9 @@ def _describe(settings: Settings, *, num_rows: int, num_prompts: int) -> dict[st
         "max_tokens": settings.plan.max_tokens,
         "rounds": settings.plan.rounds,
         "batches": list(settings.plan.batches),
-        "prompts": num_prompts,
-        "prompts_too_long": num_rows - num_prompts,
+        "prompts": len(prompts),
+        "prompts_too_long": num_rows - len(prompts),
+        "datasets": dict(Counter(prompt.dataset for prompt in prompts)),
     }
 
 

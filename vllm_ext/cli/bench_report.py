@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from vllm_ext.cli.stats import median_ratio, quantiles_ms
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vllm_ext.cli.engine_types import RequestResult
+    from vllm_ext.cli.engine_types import GenerateResult, RequestResult
+    from vllm_ext.cli.prompts import EncodedPrompt
 
+MIXED = "(mixed)"
 Key = tuple[int, int]  # (group, round): what pairs a measurement with that of another arm
 
 
@@ -65,11 +67,12 @@ def _entry(
             _ratio(_of_round(own, index), _of_round(baseline, index)) for index in rounds
         ],
         "identical_to_none": _identical_fraction(own, baseline),
-        "tasks": _per_task(own, baseline),
+        "datasets": _per_part(own, baseline, lambda prompt: prompt.dataset),
+        "tasks": _per_part(own, baseline, lambda prompt: prompt.task),
     }
 
 
-def _throughput(measurements: Iterable[Measurement]) -> dict[str, Any]:
+def _throughput(measurements: Collection[Measurement]) -> dict[str, Any]:
     """Speed and speculation counts.
 
     A step of a request yields one token plus the accepted drafts, so that the steps are the tokens
@@ -88,6 +91,18 @@ def _throughput(measurements: Iterable[Measurement]) -> dict[str, Any]:
         "tokens_per_s": tokens / sum(r.wall_s for r in results),
         "tokens_per_step": tokens / steps,
         "rows_per_step": 1 + drafted / steps,
+        **_drafting(results),
+    }
+
+
+def _drafting(results: Sequence[GenerateResult]) -> dict[str, float | None]:
+    """Share of wall time spent drafting, and milliseconds per engine step; None where not ours."""
+    seconds = sum(r.drafting_s or 0.0 for r in results)
+    steps = sum(r.engine_steps or 0 for r in results)
+    ours = all(r.drafting_s is not None for r in results)
+    return {
+        "drafting_share": seconds / sum(r.wall_s for r in results) if ours else None,
+        "drafting_ms_per_step": 1e3 * seconds / steps if ours and steps else None,
     }
 
 
@@ -122,21 +137,23 @@ def _tokens(request: RequestResult) -> list[list[int]]:
     return [c.token_ids for c in request.completions]
 
 
-def _per_task(
-    own: dict[Key, Measurement], baseline: dict[Key, Measurement]
+def _per_part(
+    own: dict[Key, Measurement],
+    baseline: dict[Key, Measurement],
+    part_of: Callable[[EncodedPrompt], str],
 ) -> dict[str, dict[str, Any]]:
-    """The same numbers per task, over the groups whose prompts are all of that task."""
-    tasks: dict[str, list[Key]] = {}
+    """The same numbers per task or data set, over the groups whose prompts are all of it."""
+    parts: dict[str, list[Key]] = {}
     for key, measurement in own.items():
-        names = {p.task for p in measurement.prompts}
-        tasks.setdefault(names.pop() if len(names) == 1 else "(mixed)", []).append(key)
+        names = {part_of(p) for p in measurement.prompts}
+        parts.setdefault(names.pop() if len(names) == 1 else MIXED, []).append(key)
     return {
-        task: {
+        part: {
             "groups": len({group for group, _ in keys}),
             **_throughput([own[key] for key in keys]),
             "ratio": _ratio({k: own[k] for k in keys}, {k: baseline[k] for k in keys}),
         }
-        for task, keys in tasks.items()
+        for part, keys in parts.items()
     }
 
 
@@ -144,7 +161,18 @@ def overview_table(arms: dict[str, list[dict[str, Any]]]) -> Table:
     """One line per arm and batch size."""
     table = _table("Speed against plain vLLM (ratio: median, 95% interval over prompt groups)")
     table.add_column("arm", no_wrap=True)
-    for header in ("batch", "tok/s", "tok/step", "rows/step", "TTFT ms", "ITL ms", "ratio", "same"):
+    for header in (
+        "batch",
+        "tok/s",
+        "tok/\nstep",
+        "rows/\nstep",
+        "TTFT\nms",
+        "ITL\nms",
+        "ratio",
+        "same",
+        "draft\n%",
+        "draft\nms/step",
+    ):
         table.add_column(header, justify="right", no_wrap=True)
     for arm, entries in arms.items():
         for e in entries:
@@ -159,27 +187,48 @@ def overview_table(arms: dict[str, list[dict[str, Any]]]) -> Table:
                 _number(e["inter_token_ms"]["median"]),
                 f"{ratio['median']:.2f} [{ratio['low']:.2f} {ratio['high']:.2f}]",
                 f"{e['identical_to_none']:.0%}",
+                _number(e["drafting_share"], 100),
+                _number(e["drafting_ms_per_step"], digits=2),
             )
     return table
 
 
 def task_table(arms: dict[str, list[dict[str, Any]]]) -> Table:
-    """Ratio to "none" and tokens per step: one line per task, a column per arm and batch size."""
+    """Ratio to "none" and tokens per step: a line per data set and task, a column per arm and size.
+
+    Data sets have lines of their own where there are several, each followed by its tasks.
+    """
     cells = [(arm, e) for arm, entries in arms.items() if arm != NONE for e in entries]
     table = _table("Ratio to plain vLLM per task (tokens per step)")
     table.add_column("task")
     for arm, e in cells:
         table.add_column(f"{arm} b{e['batch']}", justify="right")
-    for task in sorted({task for _, e in cells for task in e["tasks"]}):
-        found = [e["tasks"].get(task) for _, e in cells]
+    for kind, name in _parts([e for _, e in cells]):
+        found = [e[kind].get(name) for _, e in cells]
         table.add_row(
-            task,
+            name,
             *(
                 f"{t['ratio']['median']:.2f} ({t['tokens_per_step']:.2f})" if t else "-"
                 for t in found
             ),
         )
     return table
+
+
+def _parts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Lines of the task table: the key of an entry, and a name under it."""
+    datasets = list(dict.fromkeys(name for e in entries for name in e["datasets"]))
+    tasks = sorted({name for e in entries for name in e["tasks"]})
+    if len(datasets) < 2:
+        return [("tasks", name) for name in tasks]
+    return [
+        line
+        for dataset in sorted(datasets, key=lambda name: name == MIXED)
+        for line in (
+            ("datasets", dataset),
+            *(("tasks", name) for name in tasks if name.startswith(f"{dataset}/")),
+        )
+    ]
 
 
 def _table(title: str) -> Table:
@@ -189,12 +238,14 @@ def _table(title: str) -> Table:
     return Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _number(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
+    return "-" if value is None else f"{factor * value:.{digits}f}"
 
 
 def plot(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of the ratio to "none" with its interval, per batch size and per task, as an image.
+    """Bars of the ratio to "none" with its interval as an image.
+
+    Per batch size, and per task, or per data set where there are several.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -209,10 +260,12 @@ def plot(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
         {a: {str(e["batch"]): e["ratio"] for e in entries} for a, entries in shown.items()},
     )
     first = {arm: entries[0] for arm, entries in shown.items()}
-    _bars(by_task, {a: {t: v["ratio"] for t, v in e["tasks"].items()} for a, e in first.items()})
+    several = any(len(e["datasets"]) > 1 for e in first.values())
+    kind, per = ("datasets", "per data set") if several else ("tasks", "per task")
+    _bars(by_task, {a: {t: v["ratio"] for t, v in e[kind].items()} for a, e in first.items()})
     by_batch.set_xlabel("batch size")
     by_batch.set_ylabel("speed relative to plain vLLM")
-    by_task.set_title(f"per task, batch {next(iter(first.values()))['batch']}")
+    by_task.set_title(f"{per}, batch {next(iter(first.values()))['batch']}")
     by_batch.legend()
     figure.savefig(path, dpi=150)
 

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_ext.cli.counters import Counters
 from vllm_ext.cli.engine_types import (
     Completion,
     EngineConfig,
@@ -98,32 +99,21 @@ class _EngineHost:
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> GenerateResult:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         sampling = [_sampling_params(p) for p in params]
-        drafted, accepted = self._counters()
+        before = _counters()
         start = time.perf_counter()
         outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
         wall = time.perf_counter() - start
-        drafted_after, accepted_after = self._counters()
-        return GenerateResult(
-            requests=[_request_result(o) for o in outputs],
-            wall_s=wall,
-            draft_tokens=drafted_after - drafted,
-            accepted_tokens=accepted_after - accepted,
-        )
+        return _counters().since(before).result([_request_result(o) for o in outputs], wall)
 
     def shutdown(self) -> None:
         self._llm.llm_engine.engine_core.shutdown(timeout=ENGINE_SHUTDOWN_SECONDS)
 
-    def _counters(self) -> tuple[int, int]:
-        """Draft tokens proposed and accepted since the engine started, by vLLM's own count."""
-        totals = {
-            "vllm:spec_decode_num_draft_tokens": 0,
-            "vllm:spec_decode_num_accepted_tokens": 0,
-        }
-        for metric in self._llm.get_metrics():
-            if metric.name in totals:
-                totals[metric.name] += int(metric.value)
-        drafted, accepted = totals.values()
-        return drafted, accepted
+
+def _counters() -> Counters:
+    """Counters since the engine started; `LLM.get_metrics` knows only those of vLLM's own name."""
+    from prometheus_client import REGISTRY
+
+    return Counters.read(REGISTRY.collect())
 
 
 def _sampling_params(kwargs: dict[str, Any]) -> SamplingParams:

@@ -46,12 +46,17 @@ class RequestResult:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """One ``LLM.generate`` call: its requests, wall time and speculative counters."""
+    """One call for a batch of requests: their answers, wall time and speculative counters.
+
+    `drafting_s` and `engine_steps` are this plugin's own counts: None where it is off.
+    """
 
     requests: list[RequestResult]
     wall_s: float
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    drafting_s: float | None = None
+    engine_steps: int | None = None
 
     @property
     def num_tokens(self) -> int:

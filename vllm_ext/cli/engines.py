@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
 INSTALL_HINT = 'vLLM is not installed: pip install "vllm-ext[cpu]" or "vllm-ext[cuda]"'
+SUFFIX_HINT = (
+    "vLLM's method 'suffix' needs the package arctic-inference: make peers, or "
+    "pip install --no-deps arctic-inference==0.1.1 (compiles, about 3 minutes); 'suffix_tree' is "
+    "the method of this package and needs nothing"
+)
 GPU_MEMORY_SHARE = 0.9
 
 
@@ -18,6 +24,14 @@ def require_vllm() -> None:
     """Leave with exit code 1 and the way to install vLLM, if it is missing."""
     if importlib.util.find_spec("vllm") is None:
         typer.echo(INSTALL_HINT, err=True)
+        raise typer.Exit(1)
+
+
+def require_peers(configs: Iterable[Mapping[str, Any] | None]) -> None:
+    """Leave with exit code 1 and the way to install it, if a method of vLLM lacks its package."""
+    suffix = any(config is not None and config["method"] == "suffix" for config in configs)
+    if suffix and importlib.util.find_spec("arctic_inference") is None:
+        typer.echo(SUFFIX_HINT, err=True)
         raise typer.Exit(1)
 
 

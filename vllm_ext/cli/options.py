@@ -18,6 +18,17 @@ Prompts = Annotated[
         dir_okay=False,
     ),
 ]
+PromptFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--prompts",
+        help="JSON lines with 'prompt', 'messages' or 'turns' (the first turn is used); 'task' or "
+        "'category' names the row's task, else its file or folder does. May be given several "
+        "times.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
 JsonPath = Annotated[Path, typer.Option("--json", help="Where the result is written.")]
 ArmConfig = Annotated[
     list[str] | None,
@@ -31,7 +42,10 @@ Draft = Annotated[
     typer.Option(help="Draft model of the arms that use one: NAME+model, draft_model."),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens generated per prompt.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of the file.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first prompts of each file.")]
+Sample = Annotated[
+    int | None, typer.Option(min=1, help="Use only so many prompts of each file, evenly spaced.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template around texts.")]
 MaxModelLen = Annotated[
     int, typer.Option(min=2, help="Most tokens of prompt and answer; longer rows are left out.")

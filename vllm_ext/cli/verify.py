@@ -109,6 +109,7 @@ def command(
         )
         rows = load_prompts(prompts, limit)
         engines.require_vllm()
+        engines.require_peers(arm.speculative_config for arm in settings.arms)
         result = verify(settings, rows)
     except (ArmError, PresetError, PromptFileError) as error:
         raise typer.BadParameter(str(error)) from error

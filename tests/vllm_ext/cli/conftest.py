@@ -41,11 +41,13 @@ class FakeEngine:
         seconds_per_token: float = 0.05,
         drafted: int = 0,
         accepted: int = 0,
+        drafting_share: float | None = None,
     ) -> None:
         self.answer = answer
         self.seconds_per_token = seconds_per_token
         self.drafted = drafted
         self.accepted = accepted
+        self.drafting_share = drafting_share
         self.calls: list[tuple[list[list[int]], list[dict[str, Any]]]] = []
         self.restarts = 0
         self.closed = False
@@ -56,8 +58,15 @@ class FakeEngine:
         self.calls.append((list(prompts), list(params)))
         requests = [self.answer(p, q) for p, q in zip(prompts, params, strict=True)]
         tokens = sum(r.num_tokens for r in requests)
+        wall = tokens * self.seconds_per_token
+        share = self.drafting_share
         return GenerateResult(
-            requests, tokens * self.seconds_per_token, self.drafted, self.accepted
+            requests,
+            wall,
+            self.drafted,
+            self.accepted,
+            drafting_s=None if share is None else share * wall,
+            engine_steps=None if share is None else tokens - self.accepted,
         )
 
     def encode(self, rows: Sequence[Any], *, raw: bool) -> list[list[int]]:

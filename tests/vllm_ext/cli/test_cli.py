@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_ext.cli import app, bench, verify
+from vllm_ext.cli import app, bench, engines, verify
 from vllm_ext.cli.engine_types import EngineConfig, EngineError
 
 
@@ -30,6 +30,7 @@ def test_every_command_has_help(command: str) -> None:
         (["bench", "--batch", "1,x"], "different positive numbers"),
         (["bench", "--arm-config", "ngram"], "NAME=JSON"),
         (["bench", "--repeat", "0"], "repeat"),
+        (["bench", "--limit", "1", "--sample", "1"], "not both"),
         (["verify", "--sampling", "nucleus"], "all"),
         (["verify", "--method", "none"], "different names"),
         (["verify", "--prompts", "/no/such/file"], "does not exist"),
@@ -46,6 +47,29 @@ def test_wrong_usage_exits_with_2_before_any_engine_starts(
     assert result.exit_code == 2
     assert said in result.output
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_vllms_suffix_without_its_package_names_the_way_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fake_engines: list[Any]
+) -> None:
+    found = engines.importlib.util.find_spec
+
+    def hidden(name: str) -> Any:
+        return None if name == "arctic_inference" else found(name)
+
+    monkeypatch.setattr(engines.importlib.util, "find_spec", hidden)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}', encoding="utf-8")
+    arguments = ["--model", "m", "--prompts", str(prompts), "--json", str(tmp_path / "out.json")]
+    arms = {"bench": ["--arms", "none,suffix"], "verify": ["--beside", "suffix"]}[command]
+    result = CliRunner().invoke(app, [command, *arguments, *arms], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert "make peers" in result.output
+    assert not fake_engines
+    # The method of this package needs nothing.
+    ours = ["--arms", "none,suffix_tree"] if command == "bench" else ["--beside", "suffix_tree"]
+    assert CliRunner().invoke(app, [command, *arguments, *ours]).exit_code == 0
 
 
 @pytest.mark.parametrize(("command", "module"), [("bench", bench), ("verify", verify)])
@@ -79,6 +103,7 @@ def fake_engines(FakeEngine: Any, request_of: Any, monkeypatch: pytest.MonkeyPat
             seconds_per_token=0.01 if speculates else 0.02,
             drafted=4 if speculates else 0,
             accepted=2 if speculates else 0,
+            drafting_share=0.05 if speculates else None,
         )
         started.append(engine)
         return engine
@@ -104,13 +129,40 @@ def test_bench_from_end_to_end(tmp_path: Path, fake_engines: list[Any]) -> None:
     assert list(result["arms"]) == ["none", "ngram", "dyspec"]
     assert [e["batch"] for e in result["arms"]["dyspec"]] == [1, 3]
     assert result["arms"]["dyspec"][0]["ratio"]["median"] == pytest.approx(2.0)
-    assert set(result["arms"]["dyspec"][0]["tasks"]) == {"x", "y", "all"}
+    assert set(result["arms"]["dyspec"][0]["tasks"]) == {"x", "y", "p"}
+    assert result["arms"]["dyspec"][0]["drafting_share"] == pytest.approx(0.05)
+    assert result["arms"]["none"][0]["drafting_share"] is None
     assert result["settings"]["llm"]["enable_prefix_caching"] is False
     assert result["settings"]["speculative_config"]["dyspec"] == {"method": "dyspec"}
     assert result["environment"]["command"]
     assert "2.00 [2.00 2.00]" in output
     assert len(fake_engines) == 3
     assert all(engine.closed for engine in fake_engines)
+
+
+def test_bench_on_several_files(tmp_path: Path, fake_engines: list[Any]) -> None:
+    files = [tmp_path / name / "dev.jsonl" for name in ("named", "unnamed")]
+    for file, row in zip(files, ({"prompt": "a", "task": "x"}, {"prompt": "a"}), strict=True):
+        file.parent.mkdir()
+        file.write_text("\n".join([json.dumps(row)] * 4), encoding="utf-8")
+    out = tmp_path / "out.json"
+    arguments = ["bench", "--model", "m", "--json", str(out), "--sample", "2"]
+    arguments += [text for file in files for text in ("--prompts", str(file))]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert written["settings"]["datasets"] == {"named": 2, "unnamed": 2}
+    entry = written["arms"]["dyspec"][0]
+    assert {name: e["groups"] for name, e in entry["datasets"].items()} == {
+        "named": 2,
+        "unnamed": 2,
+    }
+    assert set(entry["tasks"]) == {"named/x", "unnamed"}
+    assert [line.split()[0] for line in result.output.splitlines() if "named" in line] == [
+        "named",
+        "named/x",
+        "unnamed",
+    ]
 
 
 def test_bench_says_when_no_prompt_fits(tmp_path: Path, fake_engines: list[Any]) -> None:

@@ -29,7 +29,9 @@ def arms(FakeEngine: Any, ten_tokens: Any) -> dict[str, list[dict[str, Any]]]:
         [1, 2],
         none=FakeEngine(ten_tokens, seconds_per_token=0.05),
         # Of 10 tokens 6 were accepted drafts: 4 steps, 12 drafted tokens, 3 a step.
-        fast=FakeEngine(ten_tokens, seconds_per_token=0.02, drafted=12, accepted=6),
+        fast=FakeEngine(
+            ten_tokens, seconds_per_token=0.02, drafted=12, accepted=6, drafting_share=0.1
+        ),
     )
 
 
@@ -45,10 +47,14 @@ def test_one_entry_per_batch_size_with_the_documented_keys(
     assert set(entry["ratio"]) == {"median", "low", "high"}
     assert len(entry["ratio_by_round"]) == entry["rounds"] == 2
     assert entry["requests"] == 8
+    assert entry["drafting_share"] == pytest.approx(0.1)
+    # 10 tokens in 0.2 s, a tenth of which is drafting, over 4 steps.
+    assert entry["drafting_ms_per_step"] == pytest.approx(20 / 4)
     assert entry["ttft_ms"]["median"] == pytest.approx(100.0)
     assert entry["inter_token_ms"]["median"] == pytest.approx(200.0 / 9)
     assert arms["none"][0]["ratio"]["median"] == pytest.approx(1.0)
     assert arms["none"][0]["tokens_per_step"] == arms["none"][0]["rows_per_step"] == 1.0
+    assert arms["none"][0]["drafting_share"] is arms["none"][0]["drafting_ms_per_step"] is None
     json.dumps(arms, allow_nan=False)
 
 
@@ -79,9 +85,28 @@ def test_tables_fit_a_terminal_and_show_the_ratio(
     console.print(task_table(arms))
     text = console.export_text()
     assert "2.50 [2.50 2.50]" in text
+    assert "10.0" in text
+    assert "5.00" in text
     assert "odd" in text
     assert "fast b1" in text
     assert "…" not in text
+
+
+def test_several_data_sets_have_lines_of_their_own(FakeEngine: Any, ten_tokens: Any) -> None:
+    prompts = [
+        EncodedPrompt(i, task, [i], task.partition("/")[0])
+        for i, task in enumerate(["two/b", "two/a", "one", "one"])
+    ]
+    engines = {"none": FakeEngine(ten_tokens), "same": FakeEngine(ten_tokens)}
+    plan = Plan([1, 3], rounds=1, max_tokens=8, temperature=0.0)
+    arms = summarise(list(run(engines, prompts, [9], plan)))
+    assert {k: v["groups"] for k, v in arms["same"][0]["datasets"].items()} == {"two": 2, "one": 2}
+    console = Console(width=80, record=True)
+    console.print(task_table(arms))
+    text = console.export_text()
+    lines = [line.split() for line in text.rpartition("─")[2].splitlines() if line.strip()]
+    assert [line[0] for line in lines] == ["two", "two/a", "two/b", "one", "(mixed)"]
+    assert [line.count("-") for line in lines] == [1, 1, 1, 1, 1]  # sizes that do not have it
 
 
 def test_plot_writes_an_image(arms: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, EngineError
 
 STAND_IN = """
 import os, subprocess, sys, types
+from prometheus_client import Counter
+
+COUNTERS = [Counter(name, "of a step", ["engine"]) for name in
+            ("vllm:spec_decode_num_draft_tokens", "vllm_ext:drafting_seconds", "vllm_ext:steps")]
 
 class LLM:
     def __init__(self, **kwargs):
@@ -36,14 +40,13 @@ class LLM:
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return "".join(m["role"][0] + m["content"] for m in messages) + ">"
 
-    def get_metrics(self):
-        return []
-
     def generate(self, inputs, sampling, use_tqdm):
         if inputs[0]["prompt_token_ids"] == [0]:
             os._exit(3)
         if inputs[0]["prompt_token_ids"] == [1]:
             raise ValueError("refused")
+        for counter, amount in zip(COUNTERS, (3, 0.25, 2)):
+            counter.labels("0").inc(amount)
         mine = types.SimpleNamespace(token_ids=[self.helper.pid, os.getpid()], finish_reason="stop",
                                      stop_reason=None, text=os.environ["FLAG"], logprobs=None)
         return [types.SimpleNamespace(outputs=[mine], metrics=None, prompt_logprobs=None)]
@@ -102,6 +105,14 @@ def test_environment_and_calls_reach_the_engine(stand_in: EngineConfig) -> None:
         assert engine.encode([messages], raw=True) == [[0, *map(ord, "sSuA>")]]
 
 
+def test_each_call_counts_its_own_drafts_and_drafting_time(stand_in: EngineConfig) -> None:
+    with EngineProcess(stand_in) as engine:
+        for _ in range(2):
+            result = engine.generate([[7]], [{}])
+            assert (result.draft_tokens, result.accepted_tokens) == (3, 0)
+            assert (result.drafting_s, result.engine_steps) == (0.25, 2)
+
+
 def test_closing_ends_every_process_of_the_engine(stand_in: EngineConfig) -> None:
     engine = EngineProcess(stand_in)
     helper, host = engine.generate([[7]], [{}]).requests[0].completions[0].token_ids
@@ -150,7 +161,7 @@ def test_bench_on_a_real_engine(tmp_path: Path) -> None:
     prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     out = tmp_path / "out.json"
     arguments = ["bench", "--model", str(fetch()), "--prompts", str(prompts), "--json", str(out)]
-    arguments += ["--arms", "none,ngram", "--max-tokens", "24", "--dtype", "float32"]
+    arguments += ["--arms", "none,ngram,dyspec", "--max-tokens", "24", "--dtype", "float32"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     arms: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())["arms"]
@@ -162,4 +173,7 @@ def test_bench_on_a_real_engine(tmp_path: Path) -> None:
     assert ngram["tokens"] == none["tokens"]
     assert ngram["identical_to_none"] == 1.0
     assert none["ttft_ms"]["median"] > 0
+    assert none["drafting_share"] is ngram["drafting_share"] is None
+    assert 0 < arms["dyspec"][0]["drafting_share"] < 1
+    assert arms["dyspec"][0]["drafting_ms_per_step"] > 0
     assert set(ngram["tasks"]) == {"copy", "chat"}

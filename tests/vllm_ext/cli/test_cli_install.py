@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from vllm_ext.cli import engines
+
 CI = Path(__file__).parents[3] / "ci"
 
 
@@ -107,3 +109,49 @@ def test_ci_runs_what_the_makefile_calls_the_suite() -> None:
     ).stdout
     steps = ["ruff check", "ruff format --check", "mypy", "not engine", '"engine and']
     assert sorted(steps, key=printed.index) == steps
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The installer of peers as a module; `ran` lists its commands and their environment."""
+    spec = importlib.util.spec_from_file_location("peers", CI / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ran = []
+    monkeypatch.setattr(module, "run", lambda *command, **env: module.ran.append((command, env)))
+    monkeypatch.setattr(module, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sys, "argv", ["peers.py"])
+    return module
+
+
+def test_peers_bring_one_package_and_their_build_tools_do_not_stay(peers: Any) -> None:
+    peers.main()
+    (tools, _), (package, env) = peers.ran
+    folder = tools[tools.index("--target") + 1]
+    assert not Path(folder).exists()
+    assert env["PYTHONPATH"] == folder
+    assert package[-3:] == ("--no-deps", "--no-build-isolation", peers.REQUIREMENT)
+    assert "--target" not in package
+
+
+def test_peers_that_are_there_are_kept(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: True)
+    peers.main()
+    assert peers.ran == []
+
+
+def test_peers_say_what_is_missing(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"C\+\+ compiler"):
+        peers.main()
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="make install"):
+        peers.main()
+    assert peers.ran == []
+
+
+def test_the_hint_of_the_benchmark_names_the_same_version(peers: Any) -> None:
+    assert peers.REQUIREMENT in engines.SUFFIX_HINT

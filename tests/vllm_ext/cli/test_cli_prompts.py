@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_ext.cli.prompts import Prompt, PromptFileError, fitting, load_prompts
+from vllm_ext.cli.prompts import (
+    Prompt,
+    PromptFileError,
+    dataset_names,
+    evenly,
+    fitting,
+    load_datasets,
+    load_prompts,
+)
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -58,8 +66,56 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_keep_their_row_number() -> None:
-    rows = [Prompt("long"), Prompt("short", "t")]
+    rows = [Prompt("long"), Prompt("short", "t", "d")]
     kept = fitting(rows, [[1] * 9, [1] * 4], max_prompt_tokens=4)
-    assert [(p.index, p.task, p.token_ids) for p in kept] == [(1, "t", [1] * 4)]
+    assert [(p.index, p.task, p.token_ids, p.dataset) for p in kept] == [(1, "t", [1] * 4, "d")]
     with pytest.raises(PromptFileError, match="the shortest has 4"):
         fitting(rows, [[1] * 9, [1] * 4], max_prompt_tokens=3)
+
+
+def test_several_files_are_read_in_order_and_name_their_rows(tmp_path: Path) -> None:
+    named = write(tmp_path / "a.jsonl", {"prompt": "1", "task": "x"}, {"prompt": "2"})
+    unnamed = write(tmp_path / "b.jsonl", {"turns": ["3"]})
+    assert load_datasets([named, unnamed]) == [
+        Prompt("1", "a/x", "a"),
+        Prompt("2", "a", "a"),
+        Prompt("3", "b", "b"),
+    ]
+    assert load_datasets([named]) == [Prompt("1", "x", "a"), Prompt("2", "a", "a")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/qa.jsonl", "a/code.jsonl"], ["qa", "code"]),
+        (["qa/dev.jsonl", "code/dev.jsonl"], ["qa", "code"]),
+        (["qa/dev.jsonl", "qa/test.jsonl"], ["qa/dev", "qa/test"]),
+        (["/a/qa/dev.jsonl", "/b/qa/dev.jsonl"], ["/a/qa/dev.jsonl", "/b/qa/dev.jsonl"]),
+    ],
+)
+def test_data_sets_are_named_after_what_tells_the_files_apart(
+    paths: list[str], names: list[str]
+) -> None:
+    assert dataset_names([Path(path) for path in paths]) == names
+
+
+def test_a_file_given_twice_is_refused() -> None:
+    with pytest.raises(PromptFileError, match="twice"):
+        dataset_names([Path("a.jsonl"), Path("x/../a.jsonl")])
+
+
+def test_a_sample_is_even_per_file(tmp_path: Path) -> None:
+    long = write(tmp_path / "long.jsonl", *({"prompt": f"l{i}"} for i in range(10)))
+    short = write(tmp_path / "short.jsonl", *({"prompt": f"s{i}"} for i in range(2)))
+    chosen = [p.content for p in load_datasets([long, short], sample=4)]
+    assert chosen == ["l0", "l2", "l5", "l7", "s0", "s1"]
+    assert [p.content for p in load_datasets([long, short], limit=1)] == ["l0", "s0"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 20])
+def test_even_spacing_never_differs_by_more_than_one(count: int) -> None:
+    rows = [Prompt(str(i)) for i in range(20)]
+    chosen = [int(str(p.content)) for p in evenly(rows, count)]
+    gaps = [b - a for a, b in zip(chosen, [*chosen[1:], 20], strict=True)]
+    assert len(chosen) == count
+    assert max(gaps) - min(gaps) <= 1
