@@ -106,9 +106,11 @@ def _wrap_create_speculative_config() -> None:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
+        from logits_processors.engine_options import read_options
         from vllm_ext.config import is_ours, translate
         from vllm_ext.worker.metrics import share_with_workers
 
+        read_options(self.additional_config)  # bad ones are refused before any process starts
         translate(self, target_model_config, target_parallel_config)
         config = original(
             self,
