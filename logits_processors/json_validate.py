@@ -26,7 +26,7 @@ from typing_extensions import override
 from .bitmask import Bitmask, set_token, unpack
 from .constraint import Constraint, ConstraintError, ConstraintRuntimeError, constraint_key
 from .json_closing import FinishingTokens, finishing_tokens, is_final, open_brackets
-from .limits import DEFAULT_LIMITS, Limits, check_source
+from .limits import DEFAULT_LIMITS, Limits, check_source, limit_named
 from .vocabulary import Vocabulary
 from .xgrammar_constraint import CompiledXGrammar, XGrammarConstraint, compile_xgrammar
 
@@ -182,7 +182,7 @@ class _Keywords:
         except TimeoutError as error:
             raise ConstraintRuntimeError(
                 f"json_validate: pattern {pattern!r} took longer than {self._timeout} s on "
-                f"{len(text)} characters (limit check_seconds)"
+                f"{len(text)} characters ({limit_named('check_seconds')})"
             ) from error
 
     def _pattern(self, validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:

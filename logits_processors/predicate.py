@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Protocol, TypeAlias
 
 from .constraint import ConstraintError, ConstraintRuntimeError, constraint_key
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, Limits, limit_named
 from .text_constraint import CompiledTextConstraint
 from .vocabulary import Vocabulary
 
@@ -91,7 +91,8 @@ def compile_predicate(
     """
     if len(argument.encode("utf-8", "surrogatepass")) > limits.max_bytes:
         raise ConstraintError(
-            f"predicate {name!r}: the argument exceeds {limits.max_bytes} bytes (limit max_bytes)"
+            f"predicate {name!r}: the argument exceeds {limits.max_bytes} bytes "
+            f"({limit_named('max_bytes')})"
         )
     build = factory or _find(name)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from .constraint import ConstraintError, ConstraintRuntimeError, constraint_key, place
-from .limits import DEFAULT_LIMITS, Limits, check_source
+from .limits import DEFAULT_LIMITS, Limits, check_source, limit_named
 from .relaxation import without_look_around
 from .text_constraint import CompiledTextConstraint
 from .vocabulary import Vocabulary
@@ -95,7 +95,7 @@ class RegexLanguage:
         except TimeoutError as error:
             raise ConstraintRuntimeError(
                 f"regex {self.source!r}: matching {len(text)} characters took longer than "
-                f"{self.timeout} s (limit check_seconds); rewrite nested repetitions"
+                f"{self.timeout} s; rewrite nested repetitions ({limit_named('check_seconds')})"
             ) from error
         return match is not None
 

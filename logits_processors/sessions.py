@@ -22,7 +22,7 @@ from .cars import Cars
 from .compilation import Spec, compile_constraint
 from .constraint import CompiledConstraint, ConstraintError
 from .law import SamplingLaw
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, Bounds, Limits
 from .masking import Masking
 from .mirostat import Mirostat
 from .momentum import Momentum
@@ -30,23 +30,6 @@ from .request import ConstraintRequest, MirostatRequest, Request
 from .session import Begun, ConstraintSession, MirostatSession, MomentumSession, Record, Session
 from .trie_store import TrieStore, trie_key
 from .vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What the store of one engine may hold.
-
-    Attributes:
-        records: finished requests whose results nobody asked for yet.
-        parked: requests out of the batch that may come back.
-        compiled: constraints.
-        trie_nodes: prefixes in all tries of ASAp and CARS.
-    """
-
-    records: int = 4096
-    parked: int = 256
-    compiled: int = 256
-    trie_nodes: int = 1_000_000
 
 
 @dataclass(frozen=True)

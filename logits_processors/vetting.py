@@ -27,7 +27,7 @@ import numpy as np
 
 from .bitmask import unpack
 from .constraint import CompiledConstraint, ConstraintError, ConstraintRuntimeError
-from .limits import DEFAULT_LIMITS, STARVED, Limits
+from .limits import DEFAULT_LIMITS, STARVED, Limits, limit_named
 from .race import uniforms
 from .vocabulary import Vocabulary
 
@@ -75,9 +75,9 @@ class Vetter:
         if reply is None:
             raise ConstraintError(
                 f"{kind}: the compilation did not finish within {self._limits.compile_seconds} s "
-                f"of processor time and {self._limits.compile_memory_mb} MB (limits "
-                "compile_seconds, compile_memory_mb); simplify nested repetitions and ambiguous "
-                "recursion"
+                f"of processor time and {self._limits.compile_memory_mb} MB; simplify nested "
+                "repetitions and ambiguous recursion "
+                f"({limit_named('compile_seconds', 'compile_memory_mb')})"
             )
         if reply["error"]:
             raise ConstraintError(reply["error"])
@@ -101,7 +101,7 @@ class Vetter:
         hello = {
             "tokens": tokens,
             "eos_ids": self._vocabulary.eos_ids,
-            "limits": vars(self._limits),
+            "limits": self._limits.model_dump(),
         }
         if self._ask(child, hello, _START_SECONDS) is None:
             raise RuntimeError("the process that vets constraints did not start")

@@ -16,49 +16,15 @@ import numpy as np
 import torch
 
 from .constraint import ConstraintRuntimeError
-from .limits import Limits
+from .engine_options import read_options
 from .request import is_ours, parse_request
 from .session import RefusedSession, Session
-from .sessions import Asked, Bounds, Sessions
+from .sessions import Asked, Sessions
 from .vocabulary import Vocabulary
 
 logger = logging.getLogger("vllm.vllm_ext")
 
-OPTIONS_KEY = "vllm_ext_constraints"
-"""Key of our options in vLLM's ``additional_config``."""
-
 _DEAD = -1e30  # stands for log 0 in a logit: finite, so that the row can still be sampled
-
-
-def read_options(vllm_config: Any) -> tuple[Limits, Bounds]:
-    """Read the bounds that an operator set.
-
-    Raises:
-        ValueError: an unknown option, or a value that is not a positive number.
-    """
-    options = vllm_config.additional_config
-    given = options.get(OPTIONS_KEY, {}) if isinstance(options, dict) else {}
-    if not isinstance(given, dict):
-        raise ValueError(
-            f"additional_config[{OPTIONS_KEY!r}] given as {given!r}; a dictionary is allowed"
-        )
-    known = {name: type(getattr(cls(), name)) for cls in (Limits, Bounds) for name in vars(cls())}
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(
-                f"additional_config[{OPTIONS_KEY!r}]: unknown option {name!r}; "
-                f"known: {', '.join(known)}"
-            )
-        number = isinstance(value, int | known[name]) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise ValueError(
-                f"additional_config[{OPTIONS_KEY!r}][{name!r}] given as {value!r}; "
-                f"a positive {known[name].__name__} is allowed"
-            )
-    return tuple(  # type: ignore[return-value]
-        cls(**{name: value for name, value in given.items() if name in vars(cls())})
-        for cls in (Limits, Bounds)
-    )
 
 
 def eos_ids(vllm_config: Any) -> tuple[int, ...]:
@@ -99,7 +65,7 @@ class Batch:
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        limits, bounds = read_options(vllm_config)
+        limits, bounds = read_options(vllm_config.additional_config)
         self._config = vllm_config
         self._limits, self._bounds = limits, bounds
         self._max_model_len = vllm_config.model_config.max_model_len

@@ -28,7 +28,7 @@ from .constraint import (
     place,
     refuse_if_empty,
 )
-from .limits import DEFAULT_LIMITS, Limits, check_source
+from .limits import DEFAULT_LIMITS, Limits, check_source, limit_named
 from .productivity import generates_nothing
 from .vocabulary import Vocabulary
 
@@ -129,8 +129,8 @@ class XGrammarConstraint(Constraint):
         if spent > self._check_seconds:
             raise ConstraintRuntimeError(
                 f"xgrammar: a step after {self._accepted} tokens took {spent:.1f} s, allowed are "
-                f"{self._check_seconds} s (limit check_seconds); simplify nested repetitions and "
-                "ambiguous recursion"
+                f"{self._check_seconds} s; simplify nested repetitions and ambiguous recursion "
+                f"({limit_named('check_seconds')})"
             )
 
 

@@ -115,10 +115,13 @@ def _wrap_create_speculative_config() -> None:
         from pydantic import ValidationError
         from vllm.engine.arg_utils import AsyncEngineArgs
 
+        from logits_processors import engine_options
         from vllm_ext import background
         from vllm_ext.config import is_ours, read_options, translate
         from vllm_ext.worker.metrics import share_with_workers
 
+        # Bad options of constraints are refused before any process starts.
+        engine_options.read_options(self.additional_config)
         translate(self, target_model_config, target_parallel_config)
         try:
             config = original(

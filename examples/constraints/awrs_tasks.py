@@ -231,6 +231,8 @@ def report(results: Mapping[str, Any], particles: int) -> str:
 def _percent(part: Mapping[str, Any]) -> str:
     if part["mean"] is None:
         return "-"
+    if part["n"] == 1:
+        return f"{100 * part['mean']:.0f}"
     return f"{100 * part['mean']:.0f} [{100 * part['low']:.0f}, {100 * part['high']:.0f}]"
 
 
@@ -253,8 +255,8 @@ def plot(results: Mapping[str, Any], particles: int, path: Path) -> None:
         parts = [m[method]["accurate"] for _, m in groups if method in m]
         middle = [100 * p["mean"] for p in parts]
         errors = [
-            [100 * (p["mean"] - p["low"]) for p in parts],
-            [100 * (p["high"] - p["mean"]) for p in parts],
+            [math.nan if p["n"] == 1 else 100 * abs(p[end] - p["mean"]) for p in parts]
+            for end in ("low", "high")
         ]
         axis.bar(at, middle, 0.2, yerr=errors, capsize=2, label=label.format(n=particles))
     axis.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=7)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import distribution
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ SCHEMA = (
     '{"type": "object", "properties": {"story": {"type": "string", "minLength": 400}}, '
     '"required": ["story"]}'
 )
+ANY = r"[\s\S]{400,}"
+"""For CARS: a text that leaves the language is given up, and there are no steps left to time."""
 PROMPT = "Write a long story about a small town by the sea."
 CASES: dict[str, dict[str, Any]] = {
     "regex, masking": {"constraint_regex": LETTERS, "constraint_method": "masking"},
@@ -45,11 +48,15 @@ CASES: dict[str, dict[str, Any]] = {
     "JSON schema, AWRS": {"constraint_json_schema": SCHEMA},
     "regex with look-around, AWRS": {"constraint_regex_partial": r"(?!Once)[A-Za-z ,.]{400,}"},
     "predicate, AWRS": {"constraint_predicate": "letters"},
+    "JSON validator, AWRS": {"constraint_json_validate": SCHEMA},
+    "any text, CARS": {"constraint_regex": ANY, "constraint_method": "cars"},
+    "Mirostat 1": {"mirostat_version": 1},
     "Mirostat 2": {"mirostat_version": 2},
+    "Momentum": {"momentum_alpha": 0.4},
 }
 
-
 _CALLS = 20_000
+_PROMPTS = count(1)
 _WITHIN = 4  # times as many rounds, for a smaller difference
 
 
@@ -151,26 +158,38 @@ def _engine(args: argparse.Namespace, hidden: Path | None) -> Any:
         os.environ["PYTHONPATH"] = variable
 
 
-def _timed(engine: Any, batch: int, keys: dict[str, Any] | None, args: argparse.Namespace) -> float:
+def _timed(
+    engine: Any,
+    batch: int,
+    keys: dict[str, Any] | None,
+    args: argparse.Namespace,
+    cars: bool = False,
+) -> float:
     """Return the seconds per step of one batch.
+
+    With ``cars`` its law and prompt are such that CARS does not give up a text: without tokens that
+    end it, and with a prompt about which nothing has been learnt.
 
     Raises:
         RuntimeError: a text ended early, so that steps cannot be told from the wall clock.
     """
     from vllm import SamplingParams
 
+    prompt = f"{PROMPT} ({next(_PROMPTS)})" if cars else PROMPT
+    special = engine.get_tokenizer().all_special_ids
     each = [
         SamplingParams(
             temperature=1.0,
             seed=seed,
             max_tokens=args.max_tokens,
-            ignore_eos=keys is None or "mirostat_version" in keys,
+            ignore_eos=not any(key.startswith("constraint_") for key in keys or ()),
+            logit_bias=dict.fromkeys(special, -100.0) if cars else None,
             extra_args=keys,
         )
         for seed in range(batch)
     ]
     begin = time.perf_counter()
-    outputs = engine.generate([PROMPT] * batch, each, use_tqdm=False)
+    outputs = engine.generate([prompt] * batch, each, use_tqdm=False)
     seconds = time.perf_counter() - begin
     lengths = {len(output.outputs[0].token_ids) for output in outputs}
     if lengths != {args.max_tokens}:
@@ -249,8 +268,9 @@ def _put_processor(worker: Any, present: bool) -> None:
 def _cost(
     engine: Any, name: str, keys: dict[str, Any], batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
+    cars = keys.get("constraint_method") == "cars"
     plain, constrained = _alternate(
-        [partial(_timed, engine, batch, asked, args) for asked in (None, keys)], args.rounds
+        [partial(_timed, engine, batch, asked, args, cars) for asked in (None, keys)], args.rounds
     )
     return {"case": name, "batch": batch, **_compare(plain, constrained)}
 
@@ -319,9 +339,16 @@ def _text(result: dict[str, Any], args: argparse.Namespace) -> str:
             for r in result["costs"]
         ],
     )
+    rounds = (
+        f"{args.rounds} rounds in turns"
+        if args.rounds > 1
+        else "One round, so that nothing is known of the spread"
+    )
     return (
-        f"{args.rounds} rounds in turns, {args.max_tokens} tokens per text, all rows of the batch "
-        "constrained; medians of steps, means of paired ratios with 95% bootstrap intervals.\n\n"
+        f"{rounds}, {args.max_tokens} tokens per text, all rows of the batch constrained; medians "
+        "of steps, means of paired ratios with 95% bootstrap intervals where there are more than "
+        "one. CARS is timed where it does not give up a text; what restarts cost depends on the "
+        "constraint.\n\n"
         f"## The processor, not used\n\nThree engines:\n\n{idle}\n"
         f"One engine, {_WITHIN * args.rounds} rounds:\n\n{within}\n"
         f"All that a step asks of the idle processor, timed alone: {result['idle_call_us']:.1f} "

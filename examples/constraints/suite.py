@@ -171,12 +171,17 @@ def share(hits: int, total: int) -> dict[str, Any]:
 
 
 def mean_spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return a mean with its 95% percentile bootstrap interval over ``values``."""
+    """Return a mean with its 95% percentile bootstrap interval over ``values``.
+
+    One value says nothing about its spread: its interval is ``None``.
+    """
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
         return {"n": 0, "mean": None, "low": None, "high": None}
     mean = float(data.mean())
-    if data.size == 1 or np.ptp(data) == 0.0:
+    if data.size == 1:
+        return {"n": 1, "mean": mean, "low": None, "high": None}
+    if np.ptp(data) == 0.0:
         return {"n": int(data.size), "mean": mean, "low": mean, "high": mean}
     interval = bootstrap(
         (data,),
@@ -202,9 +207,11 @@ def show_share(part: dict[str, Any]) -> str:
 
 
 def show_mean(part: dict[str, Any], digits: int = 2) -> str:
-    """Write the result of :func:`mean_spread` as ``mean [low, high]``."""
+    """Write the result of :func:`mean_spread` as ``mean [low, high]``, one value as itself."""
     if part["mean"] is None:
         return "-"
+    if part["n"] == 1:
+        return f"{part['mean']:.{digits}f}"
     return f"{part['mean']:.{digits}f} [{part['low']:.{digits}f}, {part['high']:.{digits}f}]"
 
 

@@ -13,9 +13,10 @@ from toy_model import EOS, GRAMMAR, TINY, ToyModel
 
 from logits_processors import sessions as module
 from logits_processors.constraint import ConstraintError
+from logits_processors.limits import Bounds
 from logits_processors.request import parse_request
 from logits_processors.session import ConstraintSession, MirostatSession, MomentumSession
-from logits_processors.sessions import Asked, Bounds, Sessions
+from logits_processors.sessions import Asked, Sessions
 
 MODEL = ToyModel(12)
 

@@ -13,43 +13,8 @@ from vllm import SamplingParams
 from vllm import tokenizers as vllm_tokenizers
 
 from logits_processors import vllm_batch
-from logits_processors.limits import Limits
 from logits_processors.session import RefusedSession
-from logits_processors.sessions import Bounds
-from logits_processors.vllm_batch import Batch, eos_ids, read_options, wants_processor
-
-
-def options(given: Any) -> Any:
-    return read_options(config(additional_config={"vllm_ext_constraints": given}))
-
-
-def test_options_are_read() -> None:
-    assert options({}) == (Limits(), Bounds())
-    limits, bounds = options({"compile_seconds": 3, "max_bytes": 10, "parked": 5})
-    assert (limits.compile_seconds, limits.max_bytes, bounds.parked) == (3, 10, 5)
-    assert limits.max_depth == Limits().max_depth
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"colour": 1},
-        {"parked": 0},
-        {"parked": -1},
-        {"parked": True},
-        {"parked": 1.5},
-        {"parked": "5"},
-        {"compile_seconds": math.nan},
-        {"compile_seconds": math.inf},
-        {"compile_seconds": None},
-        ["parked"],
-        "parked",
-    ],
-)
-def test_bad_options_are_named(given: Any) -> None:
-    with pytest.raises(ValueError, match="vllm_ext_constraints") as refusal:
-        options(given)
-    assert all(name in str(refusal.value) for name in (given if isinstance(given, dict) else ()))
+from logits_processors.vllm_batch import Batch, eos_ids, wants_processor
 
 
 def test_all_ids_that_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:

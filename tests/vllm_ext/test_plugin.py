@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,22 @@ def test_min_p_is_refused_for_others_and_allowed_for_us() -> None:
     with pytest.raises(VLLMValidationError):
         params._validate_spec_decode(SimpleNamespace(model="another"))
     params._validate_spec_decode(SimpleNamespace(model=PLACEHOLDER_CLASS))
+
+
+def test_bad_limits_are_refused_before_the_engine_starts(served_model: Path) -> None:
+    """The configuration comes first: no process has been started when it is refused."""
+    plugin.register()
+
+    def configured(options: dict[str, Any]) -> Any:
+        given = {"vllm_ext_constraints": options}
+        args = EngineArgs(model=str(served_model), max_model_len=64, additional_config=given)
+        return args.create_engine_config().additional_config["vllm_ext_constraints"]
+
+    with pytest.raises(ValueError, match=r"unknown option 'max_byte'.*known: max_bytes, "):
+        configured({"max_byte": 5})
+    with pytest.raises(ValueError, match=r"\['max_bytes'\] given as -5"):
+        configured({"max_bytes": -5})
+    assert configured({"max_bytes": 5}) == {"max_bytes": 5}
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from logits_processors.compilation import Spec
 from logits_processors.constraint import ConstraintError, ConstraintRuntimeError
+from logits_processors.engine_options import read_options
 from logits_processors.limits import STARVED
 from logits_processors.request import ConstraintRequest, Request, parse_request
 
@@ -106,11 +107,9 @@ class Admission:
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        from logits_processors.vllm_batch import read_options
-
         self._processors = _count_processors(vllm_config)
         self._config = vllm_config
-        self._limits, _ = read_options(vllm_config)
+        self._limits, _ = read_options(vllm_config.additional_config)
         self._patience = _PATIENCE + 2 * STARVED * self._limits.compile_seconds
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(_CHILDREN, thread_name_prefix="vllm-ext-admission")

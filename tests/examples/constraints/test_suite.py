@@ -58,6 +58,13 @@ def test_the_spread_of_a_mean() -> None:
     assert suite.mean_spread([2.0, 2.0])["low"] == 2.0
 
 
+def test_a_single_value_is_shown_without_an_interval() -> None:
+    assert suite.mean_spread([0.987])["low"] is None
+    assert suite.show_mean(suite.mean_spread([0.987]), 3) == "0.987"
+    assert suite.show_mean(suite.mean_spread([]), 3) == "-"
+    assert suite.show_mean(suite.mean_spread([1.0, 1.0]), 1) == "1.0 [1.0, 1.0]"
+
+
 def test_paths_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/x/run.py", "--data", "/secret/gad/dev.jsonl", "--model=/secret/m", "--out", "b/c"]
     monkeypatch.setattr("sys.argv", words)
