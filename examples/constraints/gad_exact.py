@@ -9,6 +9,8 @@ follows ``P(w)`` normalised over them and nothing is unknown. How many draws fal
 by itself, between the bounds of ``P(grammar)``: the mass of all programs found, and the bound at
 the root of the trie. Draws of masking are put to the same test, which they must fail.
 
+``--cores`` draws without an engine (:mod:`gad_cores`), which is quick enough for thousands.
+
     python examples/constraints/gad_exact.py --data gad/dev.jsonl --task SLIA/firstname \
         --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,6 +196,27 @@ def _root_bound(worker: Any) -> float:
     return float(newest.root.log_live)
 
 
+def _by_cores(model: str, dtype: str) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    import gad_cores
+
+    return gad_cores.Source(model, dtype), gad_cores.draw
+
+
+def _by_engine(model: str, dtype: str, batch: int) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function goes to our own worker
+    llm = suite.open_engine(
+        model, dtype=dtype, max_model_len=2048, max_num_seqs=batch, line_ends_text=True
+    )
+
+    def draw(llm: Any, row: dict[str, Any], method: str, **options: Any) -> dict[str, Any]:
+        run = gad.draw(llm, row, method, **options)
+        if method == "cars":
+            [run["log_bound"]] = llm.collective_rpc(_root_bound)
+        return run
+
+    return llm, draw
+
+
 def main(
     data: Annotated[Path, typer.Option(help="JSONL of tasks with prompt and grammar_ebnf.")],
     model: Annotated[str, typer.Option(help="A folder or Hugging Face name.")],
@@ -204,6 +227,9 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a program, its end included.")] = 56,
     batch: Annotated[int, typer.Option(min=1, help="Requests side by side.")] = 32,
     max_attempts: Annotated[int, typer.Option(min=1, help="Requests of CARS per task.")] = 1280,
+    cores: Annotated[
+        bool, typer.Option("--cores", help="Draw by the cores on logits of transformers.")
+    ] = False,
     dtype: Annotated[str, typer.Option()] = "float32",
     seed: Annotated[int, typer.Option()] = 1,
 ) -> None:
@@ -217,6 +243,7 @@ def main(
         "batch": batch,
         "max_attempts": max_attempts,
         "seed": seed,
+        "cores": cores,
     }
     rows = {row["id"]: row for row in suite.read_rows(data) if row["id"] in task}
     if missing := set(task) - set(rows):
@@ -225,14 +252,11 @@ def main(
     wanted = [(name, method) for name in task for method in ("cars", "masking")]
     left = [(name, method) for name, method in wanted if f"{name}:{method}" not in journal]
     if left:
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function goes to our own worker
-        llm = suite.open_engine(
-            model, dtype=dtype, max_model_len=2048, max_num_seqs=batch, line_ends_text=True
-        )
+        source, draw = _by_cores(model, dtype) if cores else _by_engine(model, dtype, batch)
         with suite.progress_bar("tasks x methods", len(left)) as (bar, bar_task):
             for name, method in left:
-                run = gad.draw(
-                    llm,
+                run = draw(
+                    source,
                     rows[name],
                     method,
                     samples=samples if method == "cars" else control,
@@ -241,8 +265,6 @@ def main(
                     max_attempts=max_attempts,
                     seed=seed,
                 )
-                if method == "cars":
-                    [run["log_bound"]] = llm.collective_rpc(_root_bound)
                 journal.add(f"{name}:{method}", run)
                 bar.advance(bar_task)
     results = {}
@@ -259,6 +281,7 @@ def main(
         "tasks": results,
     }
     body = (
+        f"Drawn by {'the cores, on logits of transformers' if cores else 'vLLM'}: "
         f"{samples} programs of CARS per task (at most {max_attempts} requests), T=1, top_p=1, at "
         f"most {max_tokens} tokens, {batch} requests side by side. The first half names the "
         "programs, the second half is counted among them (KL to `P` normalised over them, against "
