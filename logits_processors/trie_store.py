@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class TrieStore:
 
     def __contains__(self, key: str) -> bool:
         return key in self._tries
+
+    def __iter__(self) -> Iterator[PrefixTrie]:
+        """Iterate over the tries, the most recently used last."""
+        return iter(self._tries.values())
 
     @property
     def num_nodes(self) -> int:

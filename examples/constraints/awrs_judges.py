@@ -249,7 +249,7 @@ def beyond_masks(folder: Path) -> list[Task]:
                     _JSON_PROMPT % schema,
                     Spec("json_validate", schema),
                     None,
-                    96,
+                    192,
                     lambda text, row=row: judge_json(text, row["schema"]),  # type: ignore[misc]
                 )
             )

@@ -16,6 +16,7 @@ the text of the largest posterior probability. What was cut off or died counts a
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ import typer
 from awrs_judges import SUITES, Task, Verdict
 
 SINGLE = ("masking", "awrs")
+ALL = (*SINGLE, "smc")
 DEFAULT_SUITES = ",".join(folder for folder in SUITES if folder.startswith("awrs_"))
 LABELS = {
     "masking": "masking, 1 answer",
@@ -146,9 +148,37 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def methods_of(task: Task) -> list[str]:
-    """Return the methods that can take a task."""
-    return [m for m in (*SINGLE, "smc") if m != "masking" or task.mask_spec is not None]
+def agreement(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Count the draws in which AWRS, its weights ignored, gave the text of masking.
+
+    Both draw with the same noise, so that they differ only where their languages do.
+
+    Args:
+        entries: per task, the run of each method that has taken it.
+
+    Returns:
+        The count, and both texts of every draw that differs; ``None`` without a common task.
+    """
+    pairs = [
+        (task, masked["text"], awrs["text"])
+        for task, runs in entries.items()
+        if set(SINGLE) <= set(runs)
+        for masked, awrs in zip(*(runs[method]["answers"] for method in SINGLE), strict=True)
+    ]
+    if not pairs:
+        return None
+    different = [pair for pair in pairs if pair[1] != pair[2]]
+    return {
+        "same": suite.share(len(pairs) - len(different), len(pairs)),
+        "different": [
+            {"task": task, "masking": masked, "awrs": awrs} for task, masked, awrs in different
+        ],
+    }
+
+
+def methods_of(task: Task, methods: Sequence[str]) -> list[str]:
+    """Return those of ``methods`` that can take a task."""
+    return [m for m in methods if m != "masking" or task.mask_spec is not None]
 
 
 def key_of(name: str, task: Task, method: str) -> str:
@@ -157,10 +187,15 @@ def key_of(name: str, task: Task, method: str) -> str:
 
 
 def finished(
-    name: str, tasks: Sequence[Task], entries: Mapping[str, dict[str, Any]]
+    name: str,
+    tasks: Sequence[Task],
+    entries: Mapping[str, dict[str, Any]],
+    methods: Sequence[str] = ALL,
 ) -> dict[str, dict[str, Any]]:
-    """Return the runs of the tasks of a suite that all of their methods have taken."""
-    keys = {task.id: {m: key_of(name, task, m) for m in methods_of(task)} for task in tasks}
+    """Return the runs of the tasks of a suite that all of their ``methods`` have taken."""
+    keys = {
+        task.id: {m: key_of(name, task, m) for m in methods_of(task, methods)} for task in tasks
+    }
     return {
         task: {method: entries[key] for method, key in runs.items()}
         for task, runs in keys.items()
@@ -228,6 +263,31 @@ def report(results: Mapping[str, Any], particles: int) -> str:
     return "\n".join(parts)
 
 
+def report_agreement(same: Mapping[str, Any]) -> str:
+    """Return the markdown of ``{suite: result of agreement}``."""
+    if not same:
+        return ""
+    table = suite.markdown_table(
+        ["suite", "same text", "different"],
+        [
+            [name, suite.show_share(found["same"]), len(found["different"])]
+            for name, found in same.items()
+        ],
+    )
+    differing = suite.markdown_table(
+        ["task", "masking", "AWRS"],
+        [
+            [pair["task"], *(f"`{json.dumps(pair[method])}`" for method in SINGLE)]
+            for found in same.values()
+            for pair in found["different"]
+        ],
+    )
+    return (
+        "\n## AWRS without its weights against masking, draw by draw with the same noise\n\n"
+        f"{table}\n{differing}"
+    )
+
+
 def _percent(part: Mapping[str, Any]) -> str:
     if part["mean"] is None:
         return "-"
@@ -273,6 +333,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Results, without suffix.")] = Path("build/awrs_tasks"),
     suites: Annotated[str, typer.Option(help="Names of folders, with commas.")] = DEFAULT_SUITES,
     tasks: Annotated[int, typer.Option(help="First tasks of each suite; 0 takes all.")] = 0,
+    methods: Annotated[str, typer.Option(help="Names with commas.")] = ",".join(ALL),
+    maskable: Annotated[
+        bool, typer.Option("--maskable", help="Only tasks that masks can express.")
+    ] = False,
     particles: Annotated[int, typer.Option(min=2)] = 5,
     dtype: Annotated[str, typer.Option()] = "float32",
     seed: Annotated[int, typer.Option()] = 0,
@@ -288,13 +352,21 @@ def main(
         "seed": seed,
     }
     journal = suite.Journal(out.with_suffix(".journal.jsonl"), settings)
-    chosen = {name: SUITES[name](data / name)[: tasks or None] for name in suites.split(",")}
+    names = methods.split(",")
+    if unknown := set(names) - set(ALL):
+        raise typer.BadParameter(f"methods {sorted(unknown)}; allowed: {', '.join(ALL)}")
+    chosen = {
+        name: [t for t in SUITES[name](data / name) if not maskable or t.mask_spec is not None][
+            : tasks or None
+        ]
+        for name in suites.split(",")
+    }
     wanted = [
         (key_of(name, task, method), task, method)
         for position in range(max(map(len, chosen.values())))
         for name, some in chosen.items()
         for task in some[position : position + 1]
-        for method in methods_of(task)
+        for method in methods_of(task, names)
     ]
     missing = [piece for piece in wanted if piece[0] not in journal]
     if missing and not report_only:
@@ -309,13 +381,14 @@ def main(
                     run = run_single(llm, task, method, particles, seed)
                 journal.add(key, run)
                 bar.advance(bar_task)
-    results = {
-        name: compare(finished(name, some, journal.entries)) for name, some in chosen.items()
-    }
+    entries = {name: finished(name, some, journal.entries, names) for name, some in chosen.items()}
+    results = {name: compare(runs) for name, runs in entries.items()}
+    same = {name: found for name, runs in entries.items() if (found := agreement(runs))}
     result = {
         "environment": suite.environment(model, dtype),
         "settings": settings | {"tasks": tasks},
         "results": results,
+        "agreement": same,
     }
     body = (
         f"T=1, top_p=1, {particles} requests side by side in every method, plain prompts, a line "
@@ -323,7 +396,7 @@ def main(
         f"score is the mean over {particles} draws per task. Cut-off and dead texts count as "
         "wrong. Masks are full token masks (for masking one per token, for AWRS its fallback). "
         "Times are wall-clock per emitted token, the model's own time included.\n\n"
-        f"{report(results, particles)}"
+        f"{report(results, particles)}{report_agreement(same)}"
     )
     suite.write_report(out, result, "Tasks under constraints", body)
     plot(results, particles, out.with_suffix(".png"))

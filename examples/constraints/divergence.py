@@ -42,13 +42,22 @@ def _shares(size: int, run: Run, count: int, weighted: bool) -> NDArray[np.float
 
 
 def noise_floor(
-    truth: NDArray[np.float64], counts: Sequence[int], draws: int = 1000
+    truth: NDArray[np.float64], counts: Sequence[int], draws: int = 1000, share: float = 1.0
 ) -> dict[str, list[float]]:
-    """Return mean, 5% and 95% point of the same divergence for samples of the truth itself."""
+    """Return mean, 5% and 95% point of the same divergence for samples of the truth itself.
+
+    Args:
+        truth: exact probabilities.
+        counts: numbers of samples.
+        draws: repetitions.
+        share: the part of the samples that counts, for a weighted sampler its effective share: n
+            samples with weights are then as good as ``n * share`` exact draws.
+    """
     generator = np.random.default_rng(0)
     floor: dict[str, list[float]] = {"mean": [], "low": [], "high": []}
     for n in counts:
-        shares = generator.multinomial(n, truth, size=draws) / n
+        effective = max(1, round(n * share))
+        shares = generator.multinomial(effective, truth, size=draws) / effective
         values = np.array([kl(truth, law) for law in smoothed(shares, n)])
         floor["mean"].append(float(values.mean()))
         floor["low"].append(float(np.quantile(values, 0.05)))

@@ -23,6 +23,7 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 import suite
 import typer
+from numpy.typing import NDArray
 
 METHODS = ("masking", "asap", "cars")
 _FLOOR_DRAWS = 400
@@ -54,14 +55,23 @@ def divergence(drawn: Sequence[Program], log_law: Mapping[Program, float]) -> fl
     )
 
 
+def exact_divergences(
+    log_law: Mapping[Program, float], count: int, repetitions: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return the divergence of ``count`` exact draws from ``log_law``, ``repetitions`` times."""
+    noise = np.random.default_rng(seed)
+    logs = np.array(list(log_law.values()))
+    shares = np.exp(logs)
+    counts = noise.multinomial(count, shares / shares.sum(), size=repetitions) / count
+    values: NDArray[np.float64] = (counts * (np.log(np.where(counts > 0, counts, 1.0)) - logs)).sum(
+        axis=1
+    )
+    return values
+
+
 def floor(log_law: Mapping[Program, float], count: int, seed: int = 0) -> dict[str, Any]:
     """Return the divergence of ``count`` exact draws from ``log_law``, over many repetitions."""
-    noise = np.random.default_rng(seed)
-    programs = list(log_law)
-    shares = np.exp([log_law[program] for program in programs])
-    counts = noise.multinomial(count, shares / shares.sum(), size=_FLOOR_DRAWS) / count
-    logs = np.log(np.where(counts > 0, counts, 1.0)) - np.array([log_law[p] for p in programs])
-    values = (counts * logs).sum(axis=1)
+    values = exact_divergences(log_law, count, _FLOOR_DRAWS, seed)
     low, high = np.quantile(values, [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 

@@ -81,12 +81,19 @@ def table(study: dict[str, Any]) -> str:
             for i in shown
         )
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    floor = study["floor"]
-    cells = (
-        f"{floor['mean'][i]:.4f} [{floor['low'][i]:.4f}, {floor['high'][i]:.4f}]" for i in shown
-    )
+    floors = {
+        "perfect sampler": study["floor"],
+        **{f"floor of {label}": floor for label, floor in study["weighted_floors"].items()},
+    }
+    for label, floor in floors.items():
+        cells = (
+            f"{floor['mean'][i]:.4f} [{floor['low'][i]:.4f}, {floor['high'][i]:.4f}]" for i in shown
+        )
+        lines.append(f"| *{label}: mean [5%, 95%]* | " + " | ".join(cells) + " |")
     lines += [
-        "| *perfect sampler: mean [5%, 95%]* | " + " | ".join(cells) + " |",
+        "",
+        "The floor of weighted samples is that of as many exact draws as they are worth, n times "
+        "the effective share below.",
         "",
         f"With endless samples masking stays at {study['masking_limit']:.4f}.",
         "",
@@ -146,6 +153,17 @@ def draw(study: dict[str, Any], path: Path) -> None:
     counts, floor = study["counts"], study["floor"]
     axes.fill_between(
         counts, floor["low"], floor["high"], color="0.85", label="perfect sampler, 5 to 95%"
+    )
+    awrs = study["weighted_floors"]["AWRS"]
+    axes.fill_between(
+        counts,
+        awrs["low"],
+        awrs["high"],
+        color="tab:orange",
+        alpha=0.1,
+        hatch="///",
+        linewidth=0,
+        label="exact draws, as many as those of AWRS are worth",
     )
     axes.axhline(
         study["masking_limit"], color="0.4", linewidth=0.8, linestyle=":", label="limit of masking"

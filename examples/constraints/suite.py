@@ -107,7 +107,13 @@ def load_vocabulary(model: str) -> tuple[Any, Vocabulary]:
 
 
 def open_engine(
-    model: str, *, dtype: str, max_model_len: int, max_num_seqs: int, line_ends_text: bool
+    model: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    line_ends_text: bool,
+    **options: Any,
 ) -> Any:
     """Start an eager vLLM engine with prefix caching.
 
@@ -119,12 +125,12 @@ def open_engine(
         line_ends_text: let a line break end a text beside the model's own end of text. A plain
             few-shot prompt asks for one line, and the model ends it so; its end-of-text token has a
             probability of 1e-3 to 1e-6 there, which would be most of what is measured.
+        options: more arguments of ``vllm.LLM``.
     """
     from transformers import GenerationConfig
     from vllm import LLM
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    options: dict[str, Any] = {}
     if line_ends_text:
         tokenizer, vocabulary = load_vocabulary(model)
         [line_break] = tokenizer.encode("\n", add_special_tokens=False)

@@ -3,7 +3,9 @@
 
 The language is finite, so the exact conditional law is enumerated on a real model; then every
 method samples it thousands of times through the package's cores, and the divergence from the truth
-is drawn against the number of samples, beside what a perfect sampler would show.
+is drawn against the number of samples, beside what a perfect sampler would show: one that draws
+from the truth, and for weighted samples one that has as many exact draws as theirs are worth
+(their effective sample size).
 
 python examples/constraints/toy.py tasks.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
 
@@ -44,6 +46,8 @@ CURVES = {
     "AWRS-SMC, 16 particles": ("smc", True),
 }
 """What is drawn: the samples of which method, and whether their weights are used."""
+
+WEIGHTED = {label: method for label, (method, weighted) in CURVES.items() if weighted}
 
 
 class Model:
@@ -92,6 +96,7 @@ def study(
                 first = seed + (len(runs) * repetitions + repetition) * 1_000_003
                 runs[method].append(run(toy, max(counts), first))
                 advance(1, method)
+    weights = {method: weight_summary(runs[method]) for method in WEIGHTED.values()}
     return {
         "name": name,
         "mass": language.mass,
@@ -108,11 +113,15 @@ def study(
         "repetitions": repetitions,
         "masking_limit": kl(language.truth, language.masked),
         "floor": noise_floor(language.truth, counts),
+        "weighted_floors": {
+            label: noise_floor(language.truth, counts, share=weights[method]["ess_share"])
+            for label, method in WEIGHTED.items()
+        },
         "curves": {
             label: [curve(language.truth, run, counts, weighted) for run in runs[method]]
             for label, (method, weighted) in CURVES.items()
         },
-        "weights": {method: weight_summary(runs[method]) for method in ("masking", "awrs", "smc")},
+        "weights": weights,
         "costs": {method: _costs(of_method, language.texts) for method, of_method in runs.items()},
     }
 

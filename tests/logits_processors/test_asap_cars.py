@@ -163,6 +163,43 @@ def test_cars_is_exact_when_requests_share_a_trie():
     assert fits(counts) > 1e-3
 
 
+def staggered(requests, batch, kept, seed):
+    """Run requests that enter one by one and end when rejected; the first complete ones."""
+    arrivals = np.random.default_rng(seed)
+    sampler = Cars(LAW, PrefixTrie())
+    running, waiting, texts = [], list(range(requests)), {}
+    while waiting or running:
+        while waiting and len(running) < batch and arrivals.random() < 0.6:
+            i = waiting.pop(0)
+            running.append((i, sampler.start(COMPILED.start(), (seed << 20) + i), []))
+        drawn = [sampler.step(state, MODEL.logits(tokens)) for _, state, tokens in running]
+        left = []
+        for (i, state, tokens), draw in zip(running, drawn, strict=True):
+            if draw.restart:
+                sampler.restart(state)
+                continue
+            sampler.advance(state, draw.token)
+            tokens.append(draw.token)
+            if draw.token == EOS:
+                texts[i] = tuple(tokens)
+            else:
+                left.append((i, state, tokens))
+        running = left
+    return [texts[i] for i in sorted(texts)][:kept]
+
+
+def test_cars_is_exact_when_requests_come_and_go():
+    counts = Counter(t for seed in range(150) for t in staggered(30, 8, 10, seed))
+    assert sum(counts.values()) > 1000
+    assert fits(counts) > 1e-3
+
+
+def test_cars_that_come_and_go_without_a_coin_are_biased(monkeypatch):
+    monkeypatch.setattr("logits_processors.cars.uniforms", lambda *_, **__: np.array([1e-300]))
+    counts = Counter(t for seed in range(150) for t in staggered(30, 8, 10, seed))
+    assert fits(counts) < 1e-6
+
+
 def test_cars_without_its_coin_is_biased(monkeypatch):
     monkeypatch.setattr("logits_processors.cars.uniforms", lambda *_, **__: np.array([1e-300]))
     counts = Counter(t for batch in range(100) for t in interleaved(Cars, 10, 1000 * batch))

@@ -254,6 +254,7 @@ def test_store_forgets_the_least_recently_used():
     assert "a" in store
     assert "b" not in store
     assert store.get("a") is first
+    assert list(store)[-1] is first
     assert store.num_nodes <= 30
     with pytest.raises(ValueError, match="max_nodes=0"):
         TrieStore(0)

@@ -95,3 +95,19 @@ def test_a_report_holds_only_tasks_that_every_method_has_taken() -> None:
         "masked": {"masking", "awrs", "smc"},
         "unmasked": {"awrs", "smc"},
     }
+
+
+def test_draws_are_compared_one_by_one() -> None:
+    def texts(*some: str) -> dict[str, Any]:
+        return run(*(answer(True, 0.0) | {"text": text} for text in some))
+
+    entries = {
+        "both": {"masking": texts("a", "b", "c"), "awrs": texts("a", "x", "c")},
+        "alone": {"awrs": texts("z")},
+    }
+    found = awrs_tasks.agreement(entries)
+    assert (found["same"]["hits"], found["same"]["n"]) == (2, 3)
+    assert found["different"] == [{"task": "both", "masking": "b", "awrs": "x"}]
+    assert '| both | `"b"` | `"x"` |' in awrs_tasks.report_agreement({"suite": found})
+    assert awrs_tasks.agreement({"alone": entries["alone"]}) is None
+    assert awrs_tasks.report_agreement({}) == ""

@@ -76,19 +76,13 @@ def last(found: dict[str, Any], label: str) -> float:
 def judge(found: dict[str, Any]) -> list[str]:
     """What is wrong with a study; empty if it shows what it must."""
     wrong = []
-    limit, floor = found["masking_limit"], found["floor"]["high"][-1]
+    limit = found["masking_limit"]
+    floors = {"CARS": found["floor"], **found["weighted_floors"]}
     for label in ("masking", "AWRS without its weights"):
         if not 0.7 * limit < last(found, label) < 1.4 * limit:
             wrong.append(f"{label} is not at the limit of masking")
-    # Where every sample counts the same, samples are as good as a perfect sampler's.
-    for label, share in {
-        "CARS": 1.0,
-        "ASAp, weighted": 0.5,
-        "masking, weighted": found["weights"]["masking"]["ess_share"],
-        "AWRS": found["weights"]["awrs"]["ess_share"],
-        "AWRS-SMC, 16 particles": 0.25,
-    }.items():
-        if last(found, label) > 1.5 * floor / share:
+    for label, floor in floors.items():
+        if last(found, label) > 1.5 * floor["high"][-1]:
             wrong.append(f"{label} is above the noise")
     for method, weight in found["weights"].items():
         if abs(weight["mean_weight"] - found["mass"]) > 3 * weight["standard_error"]:
@@ -152,6 +146,9 @@ def test_the_floor_is_that_of_counting() -> None:
     # Half the degrees of freedom over n, as for any likelihood ratio.
     assert floor["mean"][1] == pytest.approx(8 / 4000, rel=0.1)
     assert floor["low"][0] < floor["mean"][0] < floor["high"][0]
+    # Weighted samples are worth fewer draws, and the floor rises by as much.
+    weighted = noise_floor(truth, [20_000], share=0.1)
+    assert weighted["mean"][0] == pytest.approx(floor["mean"][1], rel=0.1)
 
 
 def test_the_report(found: dict[str, Any], tmp_path: Path) -> None:
