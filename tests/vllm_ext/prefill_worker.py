@@ -24,16 +24,16 @@ class PrefillWorker(TreeCPUWorker):
             self.steps.append(dict(scheduler_output.num_scheduled_tokens))
         return super().execute_model(scheduler_output)
 
-    def step_count(self) -> int:
-        """Steps so far."""
-        return len(self.steps)
-
-    def steps_until_read(self, prefix: str, tokens: int) -> int:
-        """Number of the step in which a prompt of this many tokens was read to its end."""
+    def steps_to_read(self, prefix: str, tokens: int) -> int:
+        """Steps from a prompt's first tokens to its last, of so many; -1 if it was not read."""
+        first = -1
         for number, step in enumerate(self.steps):
-            tokens -= sum(n for name, n in step.items() if name.startswith(prefix))
+            got = sum(n for name, n in step.items() if name.startswith(prefix))
+            if got and first < 0:
+                first = number
+            tokens -= got
             if tokens <= 0:
-                return number + 1
+                return number - first + 1
         return -1
 
     def lift_the_limit(self) -> None:
