@@ -1,83 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a step takes as a function of its rows, and how many drafted rows therefore pay.
+"""How long a step takes, learned from every step that runs.
 
-DySpec (arXiv 2410.11744) grows a tree by acceptance probability and leaves its size open. Here the
-size maximises throughput: with c(rows) the latency of a step and p_1 >= p_2 >= ... the path
-probabilities of the best nodes,
+    seconds = c(rows) + b * context + a * drafted
 
-    n* = argmax_n (base_tokens + p_1 + ... + p_n) / c(base_rows + n)
+The three terms are the work that every row costs, the attention of decoding, and what attention to
+drafted rows adds to it:
 
-and n* = 0 unless it beats the step without drafts by a margin. c is a curve through anchor row
-counts, measured at start-up and corrected by every step that runs.
+- c is a curve through anchor row counts, measured at start-up without attention;
+- `context` sums over the requests the tokens that each attends to;
+- `drafted` sums over the requests their drafted rows times their context.
+
+A long context makes a drafted row dear although c says that rows are cheap. Each step corrects all
+terms by a share of its error (normalised least mean squares with clipped errors).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from proposers.step_cost import StepCost
 
 _CLIP = 0.3
 """Largest log-ratio that one step may report: a pause of the machine is not a cost of rows."""
 
 _RATE_SHARED = 0.02
 _RATE_ANCHOR = 0.05
-"""Step sizes for drift that all row counts share (context length, load) and for one anchor's.
+"""Step sizes for drift that all row counts share (load of the machine) and for one anchor's.
 
 The second is the larger one, so that a wrong belief corrects itself: if steps of the size in use
 turn out slow, sizes that are not in use must look better by comparison, or none would be tried.
 """
 
+_PRIOR_STEPS = 6.0
+"""Steps that the start-up measurement of an anchor counts for: the first steps teach more."""
 
-class SizeSearch:
-    """Finds the best number of nodes while they arrive best first; see `CostModel.search`.
+_DOUBT = 0.05
+_DOUBT_STEPS = 4.0
+"""How much faster (log-ratio) than believed a row count may be that was seldom measured, compared
+with the plain step, and the steps after which that is half believed. Without it, drafts that look a
+little too dear at the start would never be tried.
+"""
+
+_RATE_CONTEXT = 0.02
+_RATE_DRAFTED = 0.1
+_MUCH_CONTEXT = 2048.0
+_MUCH_DRAFTED = 4096.0
+"""Step sizes for the attention terms, and the loads from which on a step says much about them.
+
+An error of a step with little of either would be blown up when the term is used for much.
+"""
+
+_FORGET = 1.0 / 2000.0
+"""Per step, what is taken back of corrections other than the shared drift: what was learned about
+sizes that are not in use any more returns to the measurements of the start, so that drafts which
+did not pay in a busy hour are tried again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """Seconds of attention in a step, over all layers.
 
     Attributes:
-        size: the best number so far.
-        min_prob: no node below it can be the last one of a best size.
+        context: per token of context that a decoding request attends to.
+        drafted: per drafted row and token of its context, on top.
+
+    Raises:
+        ValueError: for a negative or infinite value.
     """
 
-    def __init__(
-        self, costs: list[float], corners: list[int], base_tokens: float, advantage: float
-    ) -> None:
-        """Seconds by number of nodes (piecewise linear, bent at `corners`, which ends with the
-        last index), and the factor by which nodes must beat none.
-        """
-        self.size = 0
-        self._costs = costs
-        self._corners = corners
-        self._n = 0
-        self._tokens = base_tokens
-        self._best = base_tokens / costs[0] * advantage
-        # The last node of the best size brings at least what its row costs at the best rate.
-        self.min_prob = self._best * min(
-            (after - before for before, after in pairwise(costs)), default=0.0
-        )
+    context: float = 0.0
+    drafted: float = 0.0
 
-    def add(self, prob: float) -> None:
-        """Take the next node."""
-        self._n += 1
-        self._tokens += prob
-        rate = self._tokens / self._costs[self._n]
-        if rate > self._best:
-            self._best, self.size = rate, self._n
-
-    def hopeless(self, prob: float) -> bool:
-        """Whether no size beyond the nodes taken can win if none of the rest exceeds `prob`."""
-        # With all the rest at `prob` the gain is linear and the cost piecewise linear in the
-        # number of nodes, and the present number does not win: if any does, a corner does.
-        n, tokens, best, costs = self._n, self._tokens, self._best, self._costs
-        for corner in self._corners:
-            if corner > n and tokens + prob * (corner - n) > best * costs[corner]:
-                return False
-        return True
+    def __post_init__(self) -> None:
+        for name in ("context", "drafted"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"AttentionCost: {name}={value}; it must be finite and at least 0")
 
 
-class CostModel:
-    """Latency of a step by its number of scheduled tokens (rows).
+class CostModel(StepCost):
+    """Latency of a step, by rows and by the context of its requests.
+
+    Read without a context it gives c(rows) alone; `in_context` gives the latency of a batch.
 
     Measured times differ between the ranks of a tensor-parallel group, while their drafts must
     not: there, one rank measures and all of them `record` what it measured.
@@ -85,12 +95,19 @@ class CostModel:
     Args:
         prior: pairs (rows, seconds) from a start-up measurement; rows distinct and at least 1.
         margin: how much better (relative) a step with drafts must promise to be than one without.
+        attention: from a start-up measurement; without one it is learned.
 
     Raises:
         ValueError: if `prior` is empty, has a non-positive entry or repeats a row count.
     """
 
-    def __init__(self, prior: Sequence[tuple[int, float]], *, margin: float = 0.02) -> None:
+    def __init__(
+        self,
+        prior: Sequence[tuple[int, float]],
+        *,
+        margin: float = 0.02,
+        attention: AttentionCost | None = None,
+    ) -> None:
         points = sorted(prior)
         rows = [r for r, _ in points]
         if not points or len(set(rows)) != len(rows):
@@ -104,88 +121,113 @@ class CostModel:
             )
         if margin < 0:
             raise ValueError(f"CostModel: margin={margin}; it must not be negative")
-        self._rows = np.array(rows, np.float64)
-        self._log_seconds = np.log(np.array([s for _, s in points], np.float64))
-        self._margin = margin
+        super().__init__(np.array(rows, np.float64), margin)
+        self._prior = np.log(np.array([s for _, s in points], np.float64))
+        self._drift = 0.0  # of all anchors
+        self._own = np.zeros(len(rows))  # of each
+        self._steps = np.zeros(len(rows))  # that taught each, the old ones forgotten
+        self._first = attention or AttentionCost()
+        self.attention = self._first
 
-    def record(self, rows: int, seconds: float) -> None:
-        """Correct the curve by one step of `rows` rows that took `seconds`.
+    def record(
+        self, rows: int, seconds: float, *, context: float = 0.0, drafted: float = 0.0
+    ) -> None:
+        """Correct the model by one step.
 
         Values that can't be a measurement (not positive, not finite) are ignored.
-        """
-        if rows < 1 or not seconds > 0.0 or not math.isfinite(seconds):
-            return
-        surprise = math.log(seconds / self.seconds(rows))
-        surprise = min(max(surprise, -_CLIP), _CLIP)
-        self._log_seconds += _RATE_SHARED * surprise
-        right = int(np.searchsorted(self._rows, rows))
-        right = min(right, len(self._rows) - 1)
-        left = max(right - 1, 0) if self._rows[right] > rows else right
-        span = self._rows[right] - self._rows[left]
-        share = (rows - self._rows[left]) / span if span > 0 else 1.0
-        self._log_seconds[right] += _RATE_ANCHOR * share * surprise
-        if left != right:
-            self._log_seconds[left] += _RATE_ANCHOR * (1.0 - share) * surprise
-
-    def seconds(self, rows: int) -> float:
-        """Expected latency of a step of `rows` rows, in seconds."""
-        return float(self._at(np.array([rows], np.float64))[0])
-
-    def curve(self, max_rows: int) -> NDArray[np.float64]:
-        """float64 [max_rows + 1]: expected seconds by row count, non-decreasing.
-
-        Entry 0 equals entry 1: a step has at least one row.
-        """
-        return self._at(np.arange(max_rows + 1, dtype=np.float64))
-
-    def best_size(self, base_rows: int, base_tokens: float, sorted_probs: Sequence[float]) -> int:
-        """How many of the best nodes to add to a step.
 
         Args:
-            base_rows: rows of the step without drafts.
-            base_tokens: tokens that those rows yield.
-            sorted_probs: path probabilities of the nodes, best first.
-
-        Returns:
-            The number of nodes with the highest expected tokens per second, 0 unless it is better
-            than no nodes by the margin; the smallest such number on a tie.
+            rows: of the step.
+            seconds: that it took.
+            context: tokens that its requests attended to.
+            drafted: over its requests, drafted rows times context.
         """
-        search = self.search(base_rows, base_tokens, len(sorted_probs))
-        for prob in sorted_probs:
-            search.add(prob)
-        return search.size
+        loads = (seconds, context, drafted)
+        if rows < 1 or not seconds > 0.0 or not all(0.0 <= x < math.inf for x in loads):
+            return
+        base = self.seconds(rows)
+        per_context, per_drafted = self.attention.context, self.attention.drafted
+        expected = base + per_context * context + per_drafted * drafted
+        surprise = min(max(math.log(seconds / expected), -_CLIP), _CLIP)
+        self._correct(rows, surprise * base / expected)
+        error = expected * surprise
+        per_context += _RATE_CONTEXT * error * context / (context**2 + _MUCH_CONTEXT**2)
+        per_drafted += _RATE_DRAFTED * error * drafted / (drafted**2 + _MUCH_DRAFTED**2)
+        per_context += _FORGET * (self._first.context - per_context)
+        per_drafted += _FORGET * (self._first.drafted - per_drafted)
+        self.attention = AttentionCost(max(0.0, per_context), max(0.0, per_drafted))
 
-    def gain(
-        self,
-        base_rows: int,
-        base_tokens: float,
-        nodes: int,
-        extra_tokens: float,
-        spent: float = 0.0,
-    ) -> float:
-        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens` and took
-        `spent` seconds to draft.
+    def steps(self, rows: int) -> float:
+        """How many steps of about so many rows were recorded; those of long ago count less."""
+        return float(sum(share * self._steps[anchor] for anchor, share in self._anchors(rows)))
+
+    def in_context(self, base_rows: int, contexts: Sequence[int]) -> StepCost:
+        """Latency of a batch whose requests attend to so many tokens each.
+
+        A row beyond `base_rows` is taken for a drafted one, of a request of mean context.
         """
-        slower = (self.seconds(base_rows + nodes) + spent) / self.seconds(base_rows)
-        return (base_tokens + extra_tokens) / base_tokens / slower - 1.0
+        total = float(sum(contexts))
+        mean = total / max(1, len(contexts))
+        return _InContext(
+            self, base_rows, self.attention.context * total, self.attention.drafted * mean
+        )
 
-    def search(
-        self, base_rows: int, base_tokens: float, limit: int, spent: float = 0.0
-    ) -> SizeSearch:
-        """The search that `best_size` makes, for nodes that come one by one; at most `limit`.
+    def _correct(self, rows: int, surprise: float) -> None:
+        """Move the curve at `rows` towards a logarithmic error."""
+        self._drift += _RATE_SHARED * surprise
+        self._own *= 1.0 - _FORGET
+        self._steps *= 1.0 - _FORGET
+        for anchor, share in self._anchors(rows):
+            rate = max(_RATE_ANCHOR, 1.0 / (_PRIOR_STEPS + self._steps[anchor]))
+            self._own[anchor] += rate * share * surprise
+            self._steps[anchor] += share
 
-        `spent` seconds are gone whatever its outcome: they count for every size, none included.
-        """
-        costs = self.curve(base_rows + limit)[base_rows:] + spent
-        inner = (self._rows > base_rows) & (self._rows < base_rows + limit)
-        corners = [*(self._rows[inner].astype(int) - base_rows).tolist(), limit]
-        return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)
+    def _anchors(self, rows: int) -> list[tuple[int, float]]:
+        """The anchors around a row count, with their shares in it."""
+        right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
+        if self._rows[right] <= rows or right == 0:
+            return [(right, 1.0)]
+        left = right - 1
+        share = (rows - self._rows[left]) / (self._rows[right] - self._rows[left])
+        return [(left, 1.0 - float(share)), (right, float(share))]
 
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        anchors = np.maximum.accumulate(np.exp(self._log_seconds))
-        seconds: NDArray[np.float64] = np.interp(rows, self._rows, anchors)
-        if len(anchors) > 1:
-            # Beyond the last anchor the curve goes on with the mean slope of the measured range.
-            slope = (anchors[-1] - anchors[0]) / (self._rows[-1] - self._rows[0])
-            seconds += slope * np.maximum(rows - self._rows[-1], 0.0)
-        return seconds
+        return _through(self._rows, np.exp(self._prior + self._own + self._drift), rows)
+
+    def _hopeful(self, base_rows: int, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As `_at`, with the benefit of the doubt for row counts above `base_rows`."""
+        known = self._steps / (self._steps + _DOUBT_STEPS)
+        steps = self.steps(base_rows)
+        doubt = np.maximum(0.0, steps / (steps + _DOUBT_STEPS) - known)
+        doubt[self._rows <= base_rows] = 0.0
+        logs = self._prior + self._own + self._drift - _DOUBT * doubt
+        return _through(self._rows, np.exp(logs), rows)
+
+
+def _through(
+    at: NDArray[np.float64], seconds: NDArray[np.float64], rows: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The curve through the anchors, made non-decreasing."""
+    anchors = np.maximum.accumulate(seconds)
+    curve: NDArray[np.float64] = np.interp(rows, at, anchors)
+    if len(anchors) > 1:
+        # Beyond the last anchor the curve goes on with the mean slope of the measured range.
+        slope = (anchors[-1] - anchors[0]) / (at[-1] - at[0])
+        curve += slope * np.maximum(rows - at[-1], 0.0)
+    return curve
+
+
+class _InContext(StepCost):
+    """A cost model read for one batch; it follows what the model learns."""
+
+    def __init__(self, model: CostModel, base_rows: int, fixed: float, per_node: float) -> None:
+        super().__init__(model._rows, model._margin)
+        self._model = model
+        self._base_rows = base_rows
+        self._fixed = fixed
+        self._per_node = per_node
+
+    def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        nodes = np.maximum(rows - self._base_rows, 0.0)
+        seconds = self._model._hopeful(self._base_rows, rows)
+        return seconds + self._fixed + self._per_node * nodes

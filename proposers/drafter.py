@@ -23,11 +23,12 @@ from proposers.tree import TokenTree
 
 
 class _Request:
-    __slots__ = ("chain", "greedy")
+    __slots__ = ("chain", "greedy", "length")
 
-    def __init__(self, greedy: bool, chain: bool) -> None:
+    def __init__(self, greedy: bool, chain: bool, length: int) -> None:
         self.greedy = greedy
         self.chain = chain
+        self.length = length
 
 
 class TreeDrafter:
@@ -39,7 +40,7 @@ class TreeDrafter:
     Args:
         vocab_size: size of the target's vocabulary.
         options: limits and tunables.
-        cost: latency by rows; the engine records every step in it.
+        cost: latency by rows and context; the engine records every step in it.
         sources: what DySpec mixes; default suffix, trigram and bigram recycling.
         grower: grows the trees in place of DySpec and brings its own sources.
         gate: stops drafting while it does not pay; `None` drafts in every step.
@@ -93,7 +94,7 @@ class TreeDrafter:
             chain: draft only paths without branches.
             namespace: the LoRA adapter's id, 0 without one.
         """
-        self._requests[request] = _Request(greedy, chain)
+        self._requests[request] = _Request(greedy, chain, len(tokens))
         self._grower.stop(request)
         for source in self._sources:
             source.start(request, tokens, greedy=greedy, namespace=namespace)
@@ -111,7 +112,7 @@ class TreeDrafter:
         Raises:
             KeyError: if the request was not started.
         """
-        self._record(request)
+        self._record(request).length += len(tokens)
         self._grower.learn(request, tokens)
         for source in self._sources:
             source.extend(request, tokens)
@@ -122,6 +123,7 @@ class TreeDrafter:
         *,
         max_nodes: Sequence[int] | None = None,
         other_rows: int = 0,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """Draft for the next step.
 
@@ -129,6 +131,7 @@ class TreeDrafter:
             requests: ids of the requests that will decode one token each.
             max_nodes: limit per request, on top of the options' (0: no draft).
             other_rows: rows that the step will have besides (prefill).
+            most: nodes over all requests that the step has room for.
 
         Returns:
             One tree per request, empty where no node pays.
@@ -140,22 +143,28 @@ class TreeDrafter:
             return []
         base_rows, base_tokens = len(requests) + other_rows, float(len(requests))
         gate = self.gate
-        if gate is not None and not gate.wants_draft(base_rows):
+        if gate is not None and not gate.wants_draft(base_rows, self.cost.steps(base_rows)):
             return [TokenTree.EMPTY] * len(requests)
         limits = [self._max_nodes] * len(requests)
         if max_nodes is not None:
             limits = [max(0, min(*pair)) for pair in zip(limits, max_nodes, strict=True)]
-        draftees = []
-        for request, limit in zip(requests, limits, strict=True):
-            record = self._record(request)
-            draftees.append(Draftee(request, record.greedy, record.chain, limit))
-        trees = self._grower.grow(draftees, self.cost, base_rows=base_rows, base_tokens=base_tokens)
+        if most is not None:
+            limits = [min(limit, most) for limit in limits]
+        records = [self._record(request) for request in requests]
+        draftees = [
+            Draftee(request, record.greedy, record.chain, limit)
+            for request, record, limit in zip(requests, records, limits, strict=True)
+        ]
+        cost = self.cost.in_context(base_rows, [record.length for record in records])
+        trees = self._grower.grow(
+            draftees, cost, base_rows=base_rows, base_tokens=base_tokens, most=most
+        )
         if gate is None or not any(limits):
             return trees
         nodes = sum(map(len, trees))
         extra = sum(sum(tree.probs) for tree in trees)
         spent = self._grower.spent
-        gain = self.cost.gain(base_rows, base_tokens, nodes, extra, spent) if nodes else 0.0
+        gain = cost.gain(base_rows, base_tokens, nodes, extra, spent) if nodes else 0.0
         return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
 
     def stop(self, request: str) -> None:

@@ -20,10 +20,10 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TypeAlias
 
-from proposers.cost_model import CostModel
-from proposers.grower import Draftee
+from proposers.grower import Draftee, fewer
 from proposers.mixture import Bias, Mixture, Prediction
 from proposers.source import Source, State
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 _Siblings: TypeAlias = list[tuple[float, int]]
@@ -155,10 +155,11 @@ class DySpec:
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         growths = [self.begin(draftee) for draftee in draftees]
@@ -169,6 +170,7 @@ class DySpec:
             self._options,
             base_rows=base_rows,
             base_tokens=base_tokens,
+            most=most,
         )
 
     def begin(self, draftee: Draftee) -> Growth:
@@ -218,12 +220,13 @@ class DySpec:
 def grow(
     growths: Sequence[Growth],
     mixture: Mixture,
-    cost: CostModel,
+    cost: StepCost,
     options: DySpecOptions,
     *,
     base_rows: int,
     base_tokens: float,
     spent: float = 0.0,
+    most: int | None = None,
 ) -> list[TokenTree]:
     """Grow the trees of a batch together and cut them where more nodes would not pay.
 
@@ -235,11 +238,12 @@ def grow(
         base_rows: rows of the step without drafts.
         base_tokens: tokens that the step yields without drafts.
         spent: seconds of drafting so far that `cost` does not contain.
+        most: see `Grower.grow`.
 
     Returns:
         One tree per growth, nodes best first.
     """
-    limit = min(options.max_batch_nodes, sum(growth.limit for growth in growths))
+    limit = min(fewer(options.max_batch_nodes, most), sum(growth.limit for growth in growths))
     search = cost.search(base_rows, base_tokens, limit, spent)
     floor = max(options.min_prob, search.min_prob)
 

@@ -11,6 +11,10 @@ running mean g of the promised relative gain,
 and a closed gate asks for a trial draft every `PROBE_EVERY` steps only, so that a server under load
 spends nothing on drafts that do not pay. Where a trial itself is dear, a pass of a draft model, the
 pause doubles with every trial that fails, up to a limit.
+
+An open gate leaves a draft out now and then, so that steps without drafts are measured too:
+otherwise drafts could lose for ever to a plain step that is believed to be slower than it is. The
+pause doubles with every `CHECKS_TO_DOUBLE` such steps that were measured.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ CLOSE_AT = 0.005
 PROBE_EVERY = 8
 RARELY = 64
 """Patience where a trial costs a pass of a draft model: about 1% of a pass per step is left."""
+
+CHECK_EVERY = 4
+CHECKS_TO_DOUBLE = 3
+_LONGEST_CHECK_PAUSE = 256
 
 _MEMORY_OPEN = 32.0
 _MEMORY_CLOSED = 3.0
@@ -44,15 +52,25 @@ class Gate:
         self._gain = OPEN_AT
         self._rows = 0
         self._waited = 0
+        self._unchecked = 0
 
-    def wants_draft(self, base_rows: int) -> bool:
+    def wants_draft(self, base_rows: int, measured: float | None = None) -> bool:
         """Whether to grow trees for a step of `base_rows` rows besides the drafts.
 
         A batch that has halved or doubled since the last decision is another question: its first
         step is always tried.
+
+        Args:
+            base_rows: of the step.
+            measured: steps of so many rows that were measured lately, if those without drafts have
+                to be measured.
         """
         if self.is_open:
-            return True
+            self._unchecked += 1
+            if measured is None or self._unchecked < _check_pause(measured):
+                return True
+            self._unchecked = 0
+            return False
         self._waited += 1
         return self._changed(base_rows) or self._waited >= self._pause
 
@@ -81,3 +99,8 @@ class Gate:
     def _changed(self, base_rows: int) -> bool:
         """Whether the batch is another one than at the last decision."""
         return not self._rows / 2 < base_rows < self._rows * 2
+
+
+def _check_pause(measured: float) -> float:
+    doubled = float(2.0 ** min(measured / CHECKS_TO_DOUBLE, 10.0))
+    return min(CHECK_EVERY * doubled, _LONGEST_CHECK_PAUSE)

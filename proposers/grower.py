@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from proposers.cost_model import CostModel
 from proposers.source import Source
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 
@@ -31,7 +31,7 @@ class Draftee:
 
 def cut(
     trees: Sequence[TokenTree],
-    cost: CostModel,
+    cost: StepCost,
     *,
     base_rows: int,
     base_tokens: float,
@@ -56,6 +56,11 @@ def cut(
     for _, index in order[: search.size]:
         kept[index] += 1
     return [tree.prefix(n) for tree, n in zip(trees, kept, strict=True)]
+
+
+def fewer(limit: int, most: int | None) -> int:
+    """A grower's own limit on the nodes of a batch, or `most` if the step has room for fewer."""
+    return limit if most is None else min(limit, most)
 
 
 def ordered(
@@ -88,10 +93,11 @@ class Grower(Protocol):
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """One tree per draftee, cut where more nodes would not pay.
 
@@ -100,6 +106,7 @@ class Grower(Protocol):
             cost: latency by rows.
             base_rows: rows of the step without drafts.
             base_tokens: tokens that the step yields without drafts.
+            most: nodes over all trees, if the step has room for fewer than the grower's own limit.
         """
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:

@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
 from proposers.gate import RARELY, Gate
-from proposers.grower import Draftee
+from proposers.grower import Draftee, fewer
 from proposers.levels import FAIR_DEBT, LevelNode, LevelPredictor, ModelSource
 from proposers.mixture import Bias, Mixture, Prediction
 from proposers.source import Candidates, Source, State
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 _KEPT_AT_FIRST = 0.7
@@ -140,10 +140,11 @@ class Layerwise(DySpec):
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         self.spent = 0.0
@@ -161,6 +162,7 @@ class Layerwise(DySpec):
                 base_rows=base_rows,
                 base_tokens=base_tokens,
                 spent=self.spent,
+                most=most,
             )
             return growths, trees
 
@@ -176,7 +178,8 @@ class Layerwise(DySpec):
                 context.tell(ROOT, roots[draftee.request])
         if roots and not self._free:
             self.spent += self._predictor.slowdown()
-        latency = cost.curve(base_rows + self._options.max_batch_nodes)[base_rows:].tolist()
+        room = fewer(self._options.max_batch_nodes, most)
+        latency = cost.curve(base_rows + room)[base_rows:].tolist()
         for _ in range(self._options.max_depth if roots else 0):
             growths, trees = grown()
             level = self._level(growths, trees, latency, base_tokens)
@@ -279,7 +282,7 @@ class Layerwise(DySpec):
 
 
 def _gain(
-    trees: Sequence[TokenTree], cost: CostModel, base_rows: int, base_tokens: float, spent: float
+    trees: Sequence[TokenTree], cost: StepCost, base_rows: int, base_tokens: float, spent: float
 ) -> float:
     extra = sum(sum(tree.probs) for tree in trees)
     return cost.gain(base_rows, base_tokens, sum(map(len, trees)), extra, spent)

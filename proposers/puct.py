@@ -18,10 +18,10 @@ import math
 import random
 from collections.abc import Sequence
 
-from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth
-from proposers.grower import Draftee, cut, ordered
+from proposers.grower import Draftee, cut, fewer, ordered
 from proposers.mixture import Mixture
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 _C1, _C2 = 32.0, 8.0
@@ -59,10 +59,11 @@ class Puct(DySpec):
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         return cut(
@@ -70,7 +71,7 @@ class Puct(DySpec):
             cost,
             base_rows=base_rows,
             base_tokens=base_tokens,
-            most=self._options.max_batch_nodes,
+            most=fewer(self._options.max_batch_nodes, most),
         )
 
     def _search(self, draftee: Draftee) -> TokenTree:

@@ -19,10 +19,11 @@ from dataclasses import replace
 
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
-from proposers.grower import Draftee, cut, ordered
+from proposers.grower import Draftee, cut, fewer, ordered
 from proposers.layerwise import Layerwise
 from proposers.mixture import Mixture, Prediction
 from proposers.source import Source
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 
@@ -62,14 +63,17 @@ class Rasd:
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         true = cost if isinstance(self._draft, Layerwise) else self._free
-        drafted = self._draft.grow(draftees, true, base_rows=base_rows, base_tokens=base_tokens)
+        drafted = self._draft.grow(
+            draftees, true, base_rows=base_rows, base_tokens=base_tokens, most=most
+        )
         self.spent = self._draft.spent
         fused = []
         for draftee, tree in zip(draftees, drafted, strict=True):
@@ -89,7 +93,7 @@ class Rasd:
             cost,
             base_rows=base_rows,
             base_tokens=base_tokens,
-            most=self._options.max_batch_nodes,
+            most=fewer(self._options.max_batch_nodes, most),
             spent=self.spent,
         )
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from proposers.cost_model import CostModel
+from proposers.step_cost import StepCost
 
 _MEMORY = 64.0  # verified trees; a request's temperature and topic change what is accepted
 _FIRST_ACCEPTANCE = 0.7
@@ -80,7 +80,7 @@ class SizeByExpectation:
 
     def choose(
         self,
-        cost: CostModel,
+        cost: StepCost,
         seconds: Callable[[int], float],
         *,
         base_rows: int,

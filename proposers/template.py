@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from proposers.cost_model import CostModel
-from proposers.grower import Draftee, cut, ordered
+from proposers.grower import Draftee, cut, fewer, ordered
 from proposers.source import Candidates, Source, State
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
 Path = tuple[int, ...]
@@ -86,10 +86,11 @@ class StaticTemplate:
     def grow(
         self,
         draftees: Sequence[Draftee],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
+        most: int | None = None,
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         return cut(
@@ -97,7 +98,7 @@ class StaticTemplate:
             cost,
             base_rows=base_rows,
             base_tokens=base_tokens,
-            most=self._max_batch_nodes,
+            most=fewer(self._max_batch_nodes, most),
         )
 
     def learn(self, request: str, tokens: Sequence[int]) -> None:

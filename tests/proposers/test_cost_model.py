@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proposers import CostModel
+from proposers import CostModel, DySpecOptions, Mixture
+from proposers.cost_model import AttentionCost
+from proposers.dyspec import DySpec
+from proposers.grower import Draftee
 
 PRIOR = [(1, 0.030), (8, 0.036), (16, 0.050), (64, 0.120)]
 
@@ -154,3 +159,135 @@ def test_a_step_in_the_curve_is_looked_across() -> None:
 def test_bad_priors_are_refused(prior: list[tuple[int, float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CostModel(prior)
+
+
+def truth(rows: int, context: float, drafted: float) -> float:
+    """A machine whose attention is as dear as its rows."""
+    return 0.030 + 0.0008 * rows + 2e-6 * context + 1.5e-6 * drafted
+
+
+def test_it_converges_to_the_truth_about_attention() -> None:
+    """From a curve and coefficients that are off, through noise, at loads that vary."""
+    rng = np.random.default_rng(1)
+    prior = [(r, truth(r, 0, 0) * f) for r, f in ((1, 0.8), (4, 1.2), (16, 0.9), (64, 1.1))]
+    model = CostModel(prior, attention=AttentionCost(4e-6, 5e-7))
+    for _ in range(6000):
+        requests, nodes = int(rng.integers(1, 9)), int(rng.integers(0, 2) * rng.integers(1, 9))
+        context = float(requests * rng.integers(50, 2000))
+        load = {"context": context, "drafted": nodes * context}
+        rows = requests * (1 + nodes)
+        model.record(rows, truth(rows, **load) * float(np.exp(rng.normal(0, 0.1))), **load)
+    errors = []
+    for requests, nodes, length in itertools.product((1, 4, 8), (0, 2, 8), (100, 700, 1900)):
+        rows, contexts = requests * (1 + nodes), [length] * requests
+        expected = truth(rows, sum(contexts), nodes * sum(contexts))
+        errors.append(model.in_context(requests, contexts).seconds(rows) / expected - 1.0)
+    assert np.mean(np.abs(errors)) < 0.08
+    assert np.max(np.abs(errors)) < 0.25
+    # Control: rows alone cannot tell it.
+    assert model.seconds(72) < 0.5 * truth(72, 8 * 1900, 64 * 1900)
+
+
+def test_a_long_context_makes_trees_smaller_when_attention_is_dear(table_source) -> None:
+    table = {token: {0: 0.5, 1: 0.3} for token in range(2)}
+
+    def nodes(attention: AttentionCost, length: int) -> int:
+        source = table_source(table)
+        source.start("r", [0], greedy=True)
+        model = CostModel([(1, 0.030), (64, 0.060)], attention=attention)
+        cost = model.in_context(1, [length])
+        grower = DySpec(Mixture([source]), DySpecOptions(max_nodes=40))
+        draftee = Draftee("r", greedy=True, chain=False, limit=40)
+        return len(grower.grow([draftee], cost, base_rows=1, base_tokens=1.0)[0])
+
+    dear = [nodes(AttentionCost(0.0, 3e-6), length) for length in (10, 300, 2000, 20000)]
+    assert dear == sorted(dear, reverse=True)
+    assert dear[0] > dear[1] > dear[2] > dear[3] == 0
+    assert dear[0] > 2 * dear[2]
+    free = [nodes(AttentionCost(), length) for length in (10, 20000)]  # control
+    assert free[0] == free[1] >= dear[0]
+
+
+def test_a_dear_plain_step_makes_room_for_drafts() -> None:
+    """Attention that every step pays is no reason against a draft."""
+    model = CostModel([(1, 0.030), (9, 0.054)], attention=AttentionCost(1e-5, 0.0))
+    assert model.in_context(1, [10]).best_size(1, 1.0, [0.09] * 8) == 0
+    assert model.in_context(1, [20000]).best_size(1, 1.0, [0.09] * 8) == 8
+
+
+loads = st.one_of(
+    st.floats(max_value=-1e-9), st.just(float("nan")), st.just(float("inf")), st.just(-float("inf"))
+)
+
+
+@given(loads, st.sampled_from(["context", "drafted", "seconds"]))
+def test_recorded_nonsense_is_ignored(value: float, name: str) -> None:
+    model = CostModel(PRIOR, attention=AttentionCost(1e-6, 1e-6))
+    before = model.in_context(2, [500, 700]).curve(64).tolist()
+    model.record(8, **{"seconds": 0.1, "context": 100.0, "drafted": 100.0, name: value})
+    assert model.in_context(2, [500, 700]).curve(64).tolist() == before
+    model.record(8, 0.1, context=100.0, drafted=100.0)  # control: sense is not
+    assert model.in_context(2, [500, 700]).curve(64).tolist() != before
+
+
+steps = st.lists(
+    st.tuples(st.integers(1, 300), st.floats(1e-6, 1e3), st.floats(0, 1e7), st.floats(0, 1e9)),
+    max_size=60,
+)
+
+
+@given(priors, steps, st.lists(st.integers(1, 5000), min_size=1, max_size=8))
+def test_any_history_leaves_a_curve_in_every_context(
+    prior: list[tuple[int, float]], history: list, contexts: list[int]
+) -> None:
+    model = CostModel(prior)
+    for rows, seconds, context, drafted in history:
+        model.record(rows, seconds, context=context, drafted=drafted)
+    base = len(contexts)
+    curve = model.in_context(base, contexts).curve(100)
+    assert np.all(np.isfinite(curve))
+    assert np.all(curve > 0)
+    assert np.all(np.diff(curve) >= -1e-9 * curve[1:])
+    assert curve[base] >= 0.9 * model.seconds(base)  # with the benefit of the doubt
+
+
+@given(priors, st.integers(1, 8), probs, st.floats(0, 1e-4), st.integers(1, 3000))
+def test_the_search_in_context_is_the_brute_force_argmax(
+    prior: list[tuple[int, float]],
+    requests: int,
+    sorted_probs: list[float],
+    drafted: float,
+    length: int,
+) -> None:
+    model = CostModel(prior, attention=AttentionCost(1e-6, drafted))
+    cost = model.in_context(requests, [length] * requests)
+    size = cost.best_size(requests, requests, sorted_probs)
+    rates = [
+        (requests + sum(sorted_probs[:n])) / cost.seconds(requests + n)
+        for n in range(len(sorted_probs) + 1)
+    ]
+    assert rates[size] >= max(rates) * (1 - 1e-9) or max(rates) <= rates[0] * 1.02 * (1 + 1e-9)
+
+
+def test_what_did_not_pay_long_ago_is_tried_again() -> None:
+    """After a busy hour nothing is drafted, so nothing new is measured about drafts."""
+    model = CostModel(PRIOR, attention=AttentionCost(1e-6, 1e-7))
+
+    def size() -> int:
+        return model.in_context(1, [1000]).best_size(1, 1.0, [0.5, 0.3, 0.2, 0.1])
+
+    fresh = size()
+    assert fresh > 0
+    for _ in range(100):
+        model.record(5, 0.1, context=1000.0, drafted=4000.0)
+        model.record(1, 0.031, context=1000.0)
+    assert size() == 0
+    for _ in range(8000):
+        model.record(1, 0.031, context=1000.0)
+    assert size() == fresh
+
+
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+def test_bad_attention_costs_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        AttentionCost(context=value)

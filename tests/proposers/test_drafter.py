@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter, VerifiedRows
+from proposers.gate import Gate
 
 FLAT = [(1, 0.03), (1000, 0.0301)]
 VOCAB = 50
@@ -108,6 +109,19 @@ def test_limits_chain_and_other_rows() -> None:
     assert len(steep.propose(["r"])[0]) > 0
     assert steep.propose(["r"], other_rows=9) == [TokenTree.EMPTY]
     assert steep.propose([]) == []
+
+
+def test_a_step_without_room_says_nothing_about_drafting(table_source) -> None:
+    gate = Gate()
+    source = table_source({0: {1: 0.9}, 1: {0: 0.9}})
+    d = TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT), [source], gate=gate)
+    d.start("r", [0], greedy=True)
+    d.start("s", [0], greedy=True)
+    for _ in range(100):
+        assert d.propose(["r", "s"], most=0) == [TokenTree.EMPTY] * 2
+    assert gate.is_open
+    assert sum(map(len, d.propose(["r", "s"], most=3))) == 3
+    assert sum(map(len, d.propose(["r", "s"]))) > 3
 
 
 def test_namespaces_do_not_share_tables() -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter
-from proposers.gate import PROBE_EVERY, RARELY, Gate
+from proposers.gate import CHECK_EVERY, PROBE_EVERY, RARELY, Gate
 
 VOCAB = 50
 ACCEPTED = 0.5
@@ -44,16 +44,25 @@ def simulate(table_source, row_cost: float, steps: int, gate: Gate | None, seed:
     return {"flips": flips, "rate": tokens / seconds, "share": sum(drafting) / steps}
 
 
+class Unchecked(Gate):
+    """Leaves no draft out for the sake of a measurement."""
+
+    def wants_draft(self, base_rows: int, measured: float | None = None) -> bool:
+        return super().wants_draft(base_rows)
+
+
 def test_it_does_not_oscillate_near_break_even(table_source) -> None:
     """A row costs what it brings: without the gate the decision flips with the noise."""
     free = sum(
         simulate(table_source, ACCEPTED * 0.98, 1500, None, seed)["flips"] for seed in range(6)
     )
     gated = sum(
-        simulate(table_source, ACCEPTED * 0.98, 1500, Gate(), seed)["flips"] for seed in range(6)
+        simulate(table_source, ACCEPTED * 0.98, 1500, Unchecked(), seed)["flips"]
+        for seed in range(6)
     )
     assert free > 100  # control: the simulation does tempt it
-    assert gated < free / 2
+    assert gated < 0.8 * free
+    assert gated < 0.015 * 6 * 1500
 
 
 def test_it_never_costs_where_drafts_do_not_pay(table_source) -> None:
@@ -116,6 +125,18 @@ def test_dear_trials_become_rare() -> None:
     while cheap.decide(0.0, 4):
         pass
     assert pauses(cheap, 4) == [PROBE_EVERY] * 4
+
+
+def test_an_open_gate_leaves_drafts_out_while_plain_steps_are_unknown() -> None:
+    def left_out(measured: float | None, steps: int = 1024) -> int:
+        gate = Gate()
+        return sum(not gate.wants_draft(4, measured) for _ in range(steps))
+
+    assert left_out(None) == 0
+    assert left_out(0.0) == 1024 // CHECK_EVERY
+    counts = [left_out(measured) for measured in (0.0, 3.0, 6.0, 12.0, 30.0, 1e9)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 4  # of 1024: it never stops altogether
 
 
 def test_a_closed_gate_asks_no_source(table_source) -> None:

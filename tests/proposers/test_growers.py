@@ -30,9 +30,11 @@ def draftee(request: str = "r", limit: int = 24, *, chain: bool = False) -> Draf
     return Draftee(request, greedy=True, chain=chain, limit=limit)
 
 
-def grow(grower, *draftees: Draftee, cost: CostModel = FREE) -> list[TokenTree]:
+def grow(
+    grower, *draftees: Draftee, cost: CostModel = FREE, most: int | None = None
+) -> list[TokenTree]:
     n = len(draftees)
-    return grower.grow(draftees, cost, base_rows=n, base_tokens=float(n))
+    return grower.grow(draftees, cost, base_rows=n, base_tokens=float(n), most=most)
 
 
 def paths(tree: TokenTree) -> list[tuple[int, ...]]:
@@ -78,6 +80,21 @@ def test_any_tables_give_valid_trees_within_the_limit(
             grower.learn("r", [0, 1])
         grower.stop("r")
         grower.stop("unknown")
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 1000])
+def test_a_step_with_little_room_has_few_nodes(table_source, most: int) -> None:
+    table = {token: {0: 0.4, 1: 0.3, 2: 0.2} for token in range(3)}
+    made = growers(table_source, table, table)
+    made["dyspec"] = DySpec(Mixture([started(table_source(table), 0)]), LIMITS)
+    for grower in made.values():
+        free = grow(grower, draftee(), draftee("s"))
+        trees = grow(grower, draftee(), draftee("s"), most=most)
+        nodes = sum(map(len, trees))
+        assert nodes == min(most, sum(map(len, free)))
+        for tree in trees:
+            tree.validate()
+    assert sum(map(len, free)) > 5  # control: there was more to draft
 
 
 def test_every_grower_stops_where_rows_do_not_pay(table_source) -> None:

@@ -149,6 +149,16 @@ def test_limits_and_room_are_kept(free: bool, requests: list[str], limit: int, r
         grow(grower, *(draftee(r, limit) for r in requests), cost=FREE if free else STEEP)
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_a_step_with_little_room_has_few_nodes(free: bool) -> None:
+    for most in (0, 1, 4):
+        grower = Layerwise(Model(1e-6), [], options(), free=free)
+        trees = grower.grow(
+            [draftee("a"), draftee("b")], FREE, base_rows=2, base_tokens=2.0, most=most
+        )
+        assert sum(map(len, trees)) == most
+
+
 def test_a_request_that_the_model_cannot_read_is_left_to_the_others(table_source) -> None:
     follow = table_source({i: {i + 1: 0.9} for i in range(10, 16)})
     for name in ("a", "b"):

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from proposers.cost_model import AttentionCost
 from vllm_ext.attention.cuda import tree_backend
 from vllm_ext.attention.cuda_setup import set_up_tree_attention
 from vllm_ext.worker.cpu import TreeCPUModelRunner, _runner_class
@@ -93,7 +94,7 @@ class TritonWorker(CPUWorker):
         if runner._drafting is None:
             runner.trees_refused = set_up_tree_attention(runner)
             prior = runner.measure_forward((1, 8))
-            runner.start_drafting(prior)
+            runner.start_drafting(prior, AttentionCost())
             runner.announce("Triton, interpreted", prior)
         return result
 

@@ -14,15 +14,17 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from proposers.cost_model import AttentionCost
 from vllm_ext import hooks
 from vllm_ext.attention.setup import describe_tree_attention, set_up_tree_attention
+from vllm_ext.attention.timing import time_attention
 from vllm_ext.config import read_cores
 from vllm_ext.worker.beside import free_cores
 from vllm_ext.worker.runner import TreeRunnerMixin
 
 logger = init_logger("vllm.vllm_ext")
 
-CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+CALIBRATION_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
@@ -70,7 +72,10 @@ class TreeCPUWorker(CPUWorker):
         if runner._drafting is None:
             runner.trees_refused = set_up_tree_attention(runner)
             prior = runner.measure_forward(CALIBRATION_ROWS)
-            runner.start_drafting(prior)
+            attention = AttentionCost()
+            if runner.trees_refused is None:
+                attention = time_attention(runner)
+            runner.start_drafting(prior, attention)
             rows = describe_tree_attention(runner)
             runner.announce(f"CPU_ATTN with tree rows ({rows})", prior)
         return result

@@ -152,7 +152,12 @@ class Drafting:
         )
 
     def propose(
-        self, request_ids: Sequence[str], limits: Mapping[str, int], other_rows: int
+        self,
+        request_ids: Sequence[str],
+        limits: Mapping[str, int],
+        *,
+        other_rows: int,
+        most: int,
     ) -> None:
         """Draft the next step's trees into :attr:`trees`.
 
@@ -160,13 +165,17 @@ class Drafting:
             request_ids: requests that emitted a token in this step.
             limits: most nodes per request.
             other_rows: rows of unfinished prompts expected in the next step.
+            most: nodes over all requests, from `batch_limit`.
         """
         drafted = [r for r in request_ids if r in self._known]
         self.trees = dict(
             zip(
                 drafted,
                 self.drafter.propose(
-                    drafted, max_nodes=[limits[r] for r in drafted], other_rows=other_rows
+                    drafted,
+                    max_nodes=[limits[r] for r in drafted],
+                    other_rows=other_rows,
+                    most=most,
                 ),
                 strict=True,
             )
@@ -194,6 +203,21 @@ def node_limit(state: Any, max_model_len: int, most: int) -> int:
     if params.max_tokens is not None:
         left = min(left, params.max_tokens - len(state.output_token_ids))
     return most if left > 1 else 0
+
+
+def batch_limit(token_budget: int, decoding: int) -> int:
+    """Most nodes of a step, so that drafts never starve prompts.
+
+    The scheduler serves running requests first, and a node costs as much of its budget as a token
+    of a prompt. Prompts that wait are unknown to the worker, so half of what the decoding requests
+    leave is kept free in every step: a prompt takes at most twice the steps that it takes without
+    drafts.
+
+    Args:
+        token_budget: tokens that the scheduler may schedule in a step.
+        decoding: requests that will decode in it.
+    """
+    return max(0, (token_budget - decoding) // 2)
 
 
 def _adapter(state: Any) -> int:

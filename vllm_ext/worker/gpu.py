@@ -14,6 +14,7 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from proposers.cost_model import AttentionCost
 from proposers.merging import WIDTH
 from vllm_ext import hooks
 from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host, why_sequential
@@ -131,7 +132,7 @@ class TreeGPUWorker(Worker):
             runner.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
             runner.trees_refused = self._set_up_trees()
             prior = runner.measure_forward(CALIBRATION_ROWS)
-            runner.start_drafting(prior)
+            runner.start_drafting(prior, AttentionCost())
             names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
             trees = " with tree rows in Triton" if runner.trees_refused is None else ""
             runner.announce("+".join(sorted(names)) + trees, prior)

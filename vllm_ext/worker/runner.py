@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,13 +28,14 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import gpu_model_runner
 
 from logits_processors.vllm_v1 import V1Processor
+from proposers.cost_model import AttentionCost
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
 from vllm_ext.request_options import node_cap
 from vllm_ext.worker.commit import commit
-from vllm_ext.worker.drafting import Candidates, Drafting, candidates, node_limit
+from vllm_ext.worker.drafting import Candidates, Drafting, batch_limit, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
 from vllm_ext.worker.ratio_walk import ratio_walk
@@ -48,6 +49,12 @@ _CALIBRATION_ROUNDS = 5
 _MOST_FAILURES = 8.0
 _FORGIVEN = 0.01
 """Failures of drafting after which it stays off, and what each step that succeeds takes back."""
+_SURE_ROUNDS = 2  # the first may compile or warm up
+_SECONDS_PER_COUNT = 0.5
+_LONGEST_PASS = 1.0
+"""Start-up time: more rounds of a row count only within the former, and no larger count once a pass
+takes longer than the latter; what lies beyond follows the mean slope.
+"""
 
 
 class TreeRunnerMixin(SampledDraftsMixin):
@@ -66,6 +73,8 @@ class TreeRunnerMixin(SampledDraftsMixin):
         self._method, self._options = read_options(vllm_config)
         with _processors_built_under_speculation():
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        scheduler = self.vllm_config.scheduler_config
+        self._token_budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         self._counters = Counters(shared=get_tp_group().rank_in_group == 0)
         self._timer = StepTimer()
         self._drafting: Drafting | None = None
@@ -76,13 +85,14 @@ class TreeRunnerMixin(SampledDraftsMixin):
 
     # -- start-up ---------------------------------------------------------------------------------
 
-    def start_drafting(self: Any, prior: list[tuple[int, float]]) -> None:
+    def start_drafting(self: Any, prior: list[tuple[int, float]], attention: AttentionCost) -> None:
         """Begin to draft, once it is known what can be verified and what a step costs.
 
         Args:
-            prior: measured (rows, seconds) of the forward pass.
+            prior: measured (rows, seconds) of the forward pass, without attention.
+            attention: measured beside it.
         """
-        self._timer.start(prior, adaptive=self._options.adaptive)
+        self._timer.start(prior, attention, adaptive=self._options.adaptive)
         self.start_draft_model(prior)
         self._resources = load_resources(
             self._options, self.model_config, self.vllm_config.load_config.download_dir
@@ -116,19 +126,27 @@ class TreeRunnerMixin(SampledDraftsMixin):
         """Seconds of a forward pass over dummy tokens, logits included, by row count.
 
         The best of several rounds over all counts: a busy moment of the machine then hits every
-        count, not one of them, and cannot make rows look free.
+        count, not one of them, and cannot make rows look free. Large counts have fewer rounds.
         """
-        counts = [rows for rows in row_counts if rows <= self.max_num_tokens]
-        best = dict.fromkeys(counts, float("inf"))
-        for _ in range(_CALIBRATION_ROUNDS):
-            for rows in counts:
+        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
+        best: dict[int, float] = {}
+        for done in range(_CALIBRATION_ROUNDS):
+            for rows in [rows for rows in row_counts if rows <= most]:
+                if not self._agreed(_worth_measuring(best, rows, done)):
+                    continue
                 begin = time.perf_counter()
                 hidden, _ = self._dummy_run(rows)
                 if self.lora_config is None:  # a dummy run maps adapters to requests, not to rows
                     self.model.compute_logits(hidden[:rows])
                 self._sync_device()
-                best[rows] = min(best[rows], time.perf_counter() - begin)
+                taken = time.perf_counter() - begin
+                best[rows] = min(best.get(rows, taken), taken)
         return list(best.items())
+
+    def _agreed(self, here: bool) -> bool:
+        """What rank 0 decides: clocks differ between ranks, and a pass needs all of them."""
+        group = get_tp_group()
+        return here if group.world_size == 1 else bool(group.broadcast_object(here, src=0))
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -148,6 +166,8 @@ class TreeRunnerMixin(SampledDraftsMixin):
             self.query_start_loc.np[: count + 1],
             batch.num_computed_tokens_cpu[:count],
         )
+        contexts = batch.num_computed_tokens_cpu[:count].tolist()
+        self._timer.attend(contexts, [len(tree) for tree in step.trees])
         if step.attention is not None:
             for tree in step.attention.trees:
                 positions = torch.from_numpy(tree.base + tree.depths)
@@ -287,9 +307,11 @@ class TreeRunnerMixin(SampledDraftsMixin):
             self._predictor.prompts = {
                 r: self.requests[r].num_computed_tokens + scheduled[r] for r in unread
             }
-        drawn = self._draw_trees(ready, limits, unfinished)
+        most = batch_limit(self._token_budget, len(ready))
+        drawn = self._draw_trees(ready, limits, unfinished, most)
         limits.update(dict.fromkeys(drawn, 0))
-        drafting.propose(ready, limits, unfinished + sum(map(len, drawn.values())))
+        nodes = sum(map(len, drawn.values()))
+        drafting.propose(ready, limits, other_rows=unfinished + nodes, most=max(0, most - nodes))
         self._prune_forbidden(drafting.trees, request_ids)
         drafting.trees.update(drawn)
         self._count_decisions(drafting, ready)
@@ -405,6 +427,13 @@ class TreeRunnerMixin(SampledDraftsMixin):
         counters.add("chain_fallbacks", step.strangers)
         for size in sizes:
             counters.observe_tree(size)
+
+
+def _worth_measuring(best: Mapping[int, float], rows: int, done: int) -> bool:
+    """Whether to time a pass of ``rows`` rows, given the best times in ``done`` rounds so far."""
+    if rows not in best:
+        return done == 0 and max(best.values(), default=0.0) <= _LONGEST_PASS
+    return done < _SURE_ROUNDS or (done + 1) * best[rows] <= _SECONDS_PER_COUNT
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from proposers.chance import Chance, request_dice
-from proposers.cost_model import CostModel
 from proposers.gate import RARELY, Gate
 from proposers.law import DraftLaw
 from proposers.levels import FAIR_DEBT, LevelNode
@@ -39,6 +38,7 @@ from proposers.sampled_size import NO_TREE, SizeByExpectation
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
+from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 from proposers.verify_block import BlockWalk
 from proposers.verify_kseq import kseq
@@ -141,11 +141,11 @@ class SampledDrafting:
     def propose(
         self,
         applicants: Sequence[Applicant],
-        cost: CostModel,
+        cost: StepCost,
         *,
         base_rows: int,
         base_tokens: float,
-        most_rows: int,
+        most: int,
     ) -> dict[str, TokenTree]:
         """Draw a tree for each applicant, or for none if that does not pay.
 
@@ -154,7 +154,7 @@ class SampledDrafting:
             cost: of the target, by rows.
             base_rows: rows of the next step without drafts.
             base_tokens: tokens that they yield.
-            most_rows: of a step.
+            most: nodes over all requests that the step has room for.
 
         Returns:
             The trees as the engine schedules them. Applicants without one, because the draft model
@@ -163,7 +163,7 @@ class SampledDrafting:
         self._size.forget()
         for applicant in applicants:
             self._drawn.pop(applicant.request, None)
-        budget = min(self._max_batch_nodes, most_rows - base_rows)
+        budget = min(self._max_batch_nodes, most)
         applicants = applicants[: max(0, budget)]
         if not applicants or (self._gate is not None and not self._gate.wants_draft(base_rows)):
             return {}

@@ -50,7 +50,7 @@ class SampledDraftsMixin(PearlMixin):
         )
 
     def _draw_trees(
-        self: Any, ready: Sequence[str], limits: Mapping[str, int], other_rows: int
+        self: Any, ready: Sequence[str], limits: Mapping[str, int], other_rows: int, most: int
     ) -> dict[str, TokenTree]:
         """Drawn trees of those requests that get one.
 
@@ -58,11 +58,14 @@ class SampledDraftsMixin(PearlMixin):
             ready: requests that emitted a token in this step.
             limits: most nodes per request.
             other_rows: rows of unfinished prompts expected in the next step.
+            most: nodes over all requests.
         """
         sampled: SampledDrafting | None = self._sampled
         if sampled is None:
             return {}
         applicants = []
+        base_rows = len(ready) + other_rows
+        contexts = [self.requests[request].num_tokens for request in ready]
         for request in ready:
             state = self.requests[request]
             params = state.sampling_params
@@ -74,10 +77,10 @@ class SampledDraftsMixin(PearlMixin):
             applicants.append(Applicant(request, params, position, limits[request], chain))
         return sampled.propose(
             applicants,
-            self._timer.cost,
-            base_rows=len(ready) + other_rows,
+            self._timer.cost.in_context(base_rows, contexts),
+            base_rows=base_rows,
             base_tokens=float(len(ready)),
-            most_rows=self.max_num_tokens,
+            most=most,
         )
 
     def _verify_how(self: Any, step: Step) -> list[Verification | None]:

@@ -12,6 +12,7 @@ import pytest
 
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
+from vllm_ext.worker import runner as runner_module
 from vllm_ext.worker.runner import TreeRunnerMixin
 
 
@@ -136,3 +137,57 @@ def test_rare_failures_are_forgiven() -> None:
     drafted = [TreeRunnerMixin._try_to_draft(engine) for _ in range(3001)]
     assert engine.counts == {"attempts": 3001, "drafting_errors": 20}
     assert drafted[-1]
+
+
+class Measured(TreeRunnerMixin):
+    """A runner whose dummy passes take a known time each."""
+
+    max_num_tokens = 512
+    lora_config: Any = object()  # then no logits are asked for
+
+    def __init__(self, seconds_per_row: float, requests: int, monkeypatch: Any) -> None:
+        self.seconds_per_row = seconds_per_row
+        self.max_num_reqs, self.num_spec_tokens = requests, 31
+        self.passes: list[int] = []
+        self.now = 0.0
+        monkeypatch.setattr(runner_module.time, "perf_counter", lambda: self.now)
+        one = SimpleNamespace(world_size=1)
+        monkeypatch.setattr(runner_module, "get_tp_group", lambda: one)
+
+    def _dummy_run(self, rows: int) -> tuple[Any, None]:
+        self.passes.append(rows)
+        self.now += self.seconds_per_row * rows
+        return None, None
+
+    def _sync_device(self) -> None:
+        pass
+
+
+def test_start_up_measures_large_batches_where_there_can_be_some(monkeypatch: Any) -> None:
+    counts = (1, 8, 64, 128, 256, 1024)
+    for requests, largest in ((1, 8), (2, 64), (64, 256)):
+        made = Measured(0.0001, requests, monkeypatch)
+        assert made.measure_forward(counts) == [
+            (rows, pytest.approx(0.0001 * rows)) for rows in counts if rows <= largest
+        ]
+        assert made.passes == [rows for rows in counts if rows <= largest] * 5
+
+
+def test_a_slow_machine_measures_less_of_what_takes_long(monkeypatch: Any) -> None:
+    made = Measured(0.02, 64, monkeypatch)
+    measured = dict(made.measure_forward((1, 8, 64, 128, 256)))
+    assert [made.passes.count(rows) for rows in (1, 8, 64, 128, 256)] == [5, 3, 2, 0, 0]
+    assert list(measured) == [1, 8, 64]
+
+
+def test_ranks_measure_the_same_passes(monkeypatch: Any) -> None:
+    """A pass needs all ranks; a rank with a slower clock must not leave one out."""
+    made = Measured(5.0, 64, monkeypatch)
+    said: list[bool] = []
+    group = SimpleNamespace(
+        world_size=2, broadcast_object=lambda here, src: (said.append(here), True)[1]
+    )
+    monkeypatch.setattr(runner_module, "get_tp_group", lambda: group)
+    made.measure_forward((1, 2, 4))
+    assert made.passes == [1, 2, 4] * 5
+    assert not all(said)

@@ -79,7 +79,7 @@ def applicant(
 
 def propose(made: Any, applicants: list[Applicant], cost: Any = FREE, **more: Any) -> Any:
     given = {"base_rows": len(applicants), "base_tokens": float(len(applicants))}
-    return made.propose(applicants, cost, **{**given, "most_rows": 1000, **more})
+    return made.propose(applicants, cost, **{**given, "most": 1000, **more})
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -105,10 +105,10 @@ def test_limits(rule: Rule) -> None:
     # Of the slots behind the text, all but those of the last level are written.
     tight = propose(drafting(rule, Table(room=3)), [applicant("a", 24)])["a"]
     assert sum(depth < max(tight.depths) for depth in tight.depths) <= 3
-    # As many rows as a step has left, over all requests.
-    few = propose(drafting(rule, Table()), [applicant("a"), applicant("b")], most_rows=8)
+    # As many nodes as a step has room for, over all requests.
+    few = propose(drafting(rule, Table()), [applicant("a"), applicant("b")], most=6)
     assert 2 <= sum(map(len, few.values())) <= 6
-    assert not propose(drafting(rule, Table()), [applicant("a")], most_rows=1)
+    assert not propose(drafting(rule, Table()), [applicant("a")], most=0)
     small = propose(drafting(rule, Table(), nodes=6), [applicant("a"), applicant("b")])
     assert 0 < sum(map(len, small.values())) <= 6
 

@@ -61,7 +61,6 @@ class Runner(SampledDraftsMixin):
         self.discard_request_mask = SimpleNamespace(np=np.zeros(len(names), bool))
         self.trees_refused: str | None = None
         self._timer = SimpleNamespace(cost=None)
-        self.max_num_tokens = 64
         self.spy = Spy()
         self._sampled: Any = self.spy
 
@@ -89,21 +88,21 @@ def test_who_gets_drawn_trees() -> None:
     requests = {"s": SAMPLED, "g": GREEDY, "c": SAMPLED, "x": GRAMMAR, "off": SAMPLED}
     runner = Runner(requests, ours(2))
     limits = dict.fromkeys(requests, 8) | {"off": 0}
-    runner._draw_trees(list(requests), limits, 7)
+    runner._draw_trees(list(requests), limits, 7, 50)
     assert [(a.request, a.chain, a.limit, a.position) for a in runner.spy.applicants] == [
         ("s", False, 8, 2),
         ("x", True, 8, 2),
     ]
-    assert runner.spy.rest == {"base_rows": 12, "base_tokens": 5.0, "most_rows": 64}
+    assert runner.spy.rest == {"base_rows": 12, "base_tokens": 5.0, "most": 50}
     runner.trees_refused = "no tree attention"
-    runner._draw_trees(["s"], limits, 0)
+    runner._draw_trees(["s"], limits, 0, 50)
     assert runner.spy.applicants[0].chain
 
 
 def test_nobody_without_a_rule() -> None:
     runner = Runner({"s": SAMPLED})
     runner._sampled = None
-    assert runner._draw_trees(["s"], {"s": 8}, 0) == {}
+    assert runner._draw_trees(["s"], {"s": 8}, 0, 50) == {}
     assert runner._verify_how(None) == []  # type: ignore[arg-type]
 
 
