@@ -60,7 +60,7 @@ class EngineProcess:
         try:
             self._receive()
         except BaseException as error:
-            self._failed = not isinstance(error, KeyboardInterrupt)
+            self._failed = isinstance(error, Exception)  # not when the user ends the program
             self.close()
             raise
 
