@@ -73,7 +73,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
         self._method, self._options = read_options(vllm_config)
         with _processors_built_under_speculation():
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
-        scheduler = self.vllm_config.scheduler_config
+        scheduler = vllm_config.scheduler_config
         self._token_budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         self._counters = Counters(shared=get_tp_group().rank_in_group == 0)
         self._timer = StepTimer()

@@ -30,7 +30,7 @@ class Spy:
         self.learned: list[Any] = []
 
     def propose(self, applicants: Any, cost: Any, **rest: Any) -> dict[str, TokenTree]:
-        self.applicants, self.rest = applicants, rest
+        self.applicants, self.cost, self.rest = applicants, cost, rest
         return {}
 
     def verification(self, request: str, params: Any, position: int, tree: Any, **how: Any) -> Any:
@@ -47,7 +47,7 @@ class Runner(SampledDraftsMixin):
     def __init__(self, requests: dict[str, Any], *processors: Any) -> None:
         names = list(requests)
         self.requests = {
-            name: SimpleNamespace(sampling_params=params, output_token_ids=[1, 2])
+            name: SimpleNamespace(sampling_params=params, output_token_ids=[1, 2], num_tokens=9)
             for name, params in requests.items()
         }
         self.input_batch: Any = SimpleNamespace(
@@ -60,7 +60,7 @@ class Runner(SampledDraftsMixin):
         )
         self.discard_request_mask = SimpleNamespace(np=np.zeros(len(names), bool))
         self.trees_refused: str | None = None
-        self._timer = SimpleNamespace(cost=None)
+        self._timer = SimpleNamespace(cost=SimpleNamespace(in_context=lambda *what: what))
         self.spy = Spy()
         self._sampled: Any = self.spy
 
@@ -94,6 +94,7 @@ def test_who_gets_drawn_trees() -> None:
         ("x", True, 8, 2),
     ]
     assert runner.spy.rest == {"base_rows": 12, "base_tokens": 5.0, "most": 50}
+    assert runner.spy.cost == (12, [9] * 5)  # of all requests that will decode
     runner.trees_refused = "no tree attention"
     runner._draw_trees(["s"], limits, 0, 50)
     assert runner.spy.applicants[0].chain
