@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample import logits_processor as v1
 from vllm.v1.worker.gpu.sample.logits_processor import loader as v2
 
-from logits_processors.vllm_batch import OPTIONS_KEY
+from logits_processors.limits import OPTIONS_KEY
 from logits_processors.vllm_entry import LogitsProcessor
 from logits_processors.vllm_v1 import V1Processor
 from logits_processors.vllm_v2 import V2Processor
