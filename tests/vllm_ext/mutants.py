@@ -21,6 +21,7 @@ ORIGINALS = {
     "build": step_module.TreeRows.__dict__["build"],
     "commit": runner_module.commit,
     "generators": walk_module._with_generators,
+    "batch_limit": runner_module.batch_limit,
 }
 
 
@@ -111,6 +112,11 @@ class MutantWorker(TreeCPUWorker):
             "processors-stale",
             "cache-layout",
         ]
+
+    def leave_room_for_prompts(self, leave: bool) -> None:
+        """Whether trees keep to their share of a step's tokens, as they do."""
+        original = ORIGINALS["batch_limit"]
+        runner_module.batch_limit = original if leave else lambda *_: 10**6
 
     def break_drafting_once(self) -> None:
         """Make the next attempt to draft raise."""
