@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from logits_processors.vocabulary import Vocabulary
 from logits_processors.xgrammar_constraint import compile_xgrammar
 from tests.vllm_ext.engine import make_engine
 from tests.vllm_ext.server import Server
-from vllm_ext import smc
+from vllm_ext import constraints, smc
 
 pytestmark = pytest.mark.engine
 
 PATTERN = "[abc]{2,5}|x[yz]{4}"
 PROMPT = [10, 20, 30, 40, 50]
 PLAN = Plan(particles=8, ess=0.9, tokens_per_round=2, max_tokens=6, seed=4)
+BLOCK = 32
 ROUNDS = [PLAN, Plan(8, 0.0, 1, 6, 5), Plan(8, 0.0, 6, 6, 5)]
 
 Submit = Callable[[list[Request]], list[Continuation]]
@@ -79,16 +80,58 @@ def same(found: Population, expected: Population) -> None:
     assert (found.rounds, found.resamplings) == (expected.rounds, expected.resamplings)
 
 
-def test_offline(served_model: Path, cores: Submit) -> None:
+@pytest.fixture(scope="module")
+def llm(served_model: Path) -> Iterator[Any]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    llm = make_engine(served_model, None)
-    try:
-        for plan in ROUNDS:
-            found = smc.sample(llm, PROMPT, smc.Spec("regex", PATTERN), **vars(plan))
-            same(found, drive(population(plan), cores))
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    engine = make_engine(served_model, None, block_size=BLOCK)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def test_offline(llm: Any, cores: Submit) -> None:
+    for plan in ROUNDS:
+        found = smc.sample(llm, PROMPT, smc.Spec("regex", PATTERN), **vars(plan))
+        same(found, drive(population(plan), cores))
     assert drive(population(PLAN), cores).resamplings > 0
+
+
+def prefix_cache(llm: Any) -> np.ndarray[Any, Any]:
+    """Tokens looked up in vLLM's prefix cache so far, and those that were found."""
+    counted = {metric.name: metric.value for metric in llm.get_metrics() if "prefix" in metric.name}
+    return np.array([counted[f"vllm:prefix_cache_{what}"] for what in ("queries", "hits")])
+
+
+def test_particles_are_found_in_the_prefix_cache(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every whole block of a particle that comes back, and not only those of the prompt."""
+    generate = constraints.generate
+    rounds: list[list[int]] = []
+
+    def watched(llm: Any, prompts: list[Any], params: Any) -> Any:
+        rounds.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+        return generate(llm, prompts, params)
+
+    monkeypatch.setattr(constraints, "generate", watched)
+
+    def hits(tokens_per_round: int, prompt: range) -> int:
+        rounds.clear()
+        plan = Plan(8, 0.9, tokens_per_round, max_tokens=60, seed=4)
+        before = prefix_cache(llm)
+        found = smc.sample(llm, prompt, smc.Spec("regex", "[a-z]{50,58}"), **vars(plan))
+        queries, hits = prefix_cache(llm) - before
+        assert queries == sum(map(sum, rounds))  # or a request was looked up more than once
+        assert (found.resamplings > 0) == (len(rounds) > 1)
+        return int(hits)
+
+    prompt = range(100, 100 + BLOCK + 8)
+    at_once = hits(60, prompt)
+    assert len(rounds) == 1
+    in_rounds = hits(12, range(150, 150 + BLOCK + 8))
+    assert len(rounds) >= 5
+    again = sum((length - 1) // BLOCK * BLOCK for lengths in rounds[1:] for length in lengths)
+    assert in_rounds >= again > sum(len(lengths) * BLOCK for lengths in rounds[1:])
+    # The control: particles that do not come back share the prompt at most.
+    assert at_once <= 7 * BLOCK
+    assert in_rounds > 2 * at_once
 
 
 def test_over_http(server: Server, cores: Submit) -> None:
