@@ -313,11 +313,11 @@ def main(
         "the same programs.\n\n"
         f"{report(results)}\nFisher's combination over tasks: p = {overall['inside']:.2g} among "
         f"the programs named, p = {overall['outside']:.2g} outside of them.\n\n"
-        f"{blocks['found']['n']} blocks of {_BLOCK} draws, KL above the mean of exact draws: to the "
-        "law over the programs of the block and of masking, as `gad.py` measures, "
-        f"{suite.show_mean(blocks['found'], 3)} nats; among the programs that the other draws "
-        f"of the task have named, {suite.show_mean(blocks['named'], 3)} nats (means over blocks with "
-        "95% bootstrap intervals).\n"
+        f"{blocks['found']['n']} blocks of {_BLOCK} draws, KL above the mean of exact draws (means "
+        "over blocks with 95% bootstrap intervals): to the law over the programs of the block and "
+        f"of masking, as `gad.py` measures, {suite.show_mean(blocks['found'], 3)} nats; among the "
+        "programs that the other draws of the task have named, "
+        f"{suite.show_mean(blocks['named'], 3)} nats.\n"
     )
     suite.write_report(out, result, "Is CARS exact?", body)
 
