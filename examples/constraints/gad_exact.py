@@ -31,7 +31,7 @@ from gad import Program
 from scipy.stats import binom, combine_pvalues
 
 _REPETITIONS = 20_000
-_MEASURED = 100  # draws per task of gad.py's own measure
+_BLOCK = 100  # draws per task of gad.py
 
 
 def whole(run: Mapping[str, Any]) -> list[tuple[Program, float]]:
@@ -91,7 +91,9 @@ def judge(cars: Mapping[str, Any], masking: Mapping[str, Any], log_bound: float)
     inside = [program for program in counted if program in law]
     outside = len(counted) - len(inside)
     low, high = 1 - named / found, 1 - named / bound
-    control = [program for program, _ in whole(masking) if program in law]
+    control = [program for program, _ in whole(masking)]
+    control_inside = [program for program in control if program in law]
+    control_outside = len(control) - len(control_inside)
     return {
         "draws": len(drawn),
         "attempts": cars["attempts"],
@@ -105,30 +107,42 @@ def judge(cars: Mapping[str, Any], masking: Mapping[str, Any], log_bound: float)
             "high": high,
             "p": fit_outside(outside, len(counted), low, high),
         },
-        "control": fit(control, law) if control else None,
-        "measure_bias": measure_bias(every, {program for program, _ in whole(masking)}),
+        "control": {
+            "inside": fit(control_inside, law) if control_inside else None,
+            "outside": {
+                "count": control_outside,
+                "n": len(control),
+                "p": fit_outside(control_outside, len(control), low, high),
+            },
+        },
+        "blocks": by_blocks(drawn, dict(whole(masking))),
     }
 
 
-def measure_bias(log_probs: Mapping[Program, float], known: set[Program]) -> dict[str, float]:
-    """Return how far above its floor :mod:`gad` sees ``_MEASURED`` exact draws.
+def by_blocks(
+    drawn: Sequence[tuple[Program, float]], known: Mapping[Program, float]
+) -> dict[str, list[float]]:
+    """Measure blocks of draws as :mod:`gad` does, and among programs that others have named.
 
     Args:
-        log_probs: the programs to draw from; their normalised law stands for the true one.
+        drawn: programs with their log probabilities, in order.
         known: programs that another method has found.
+
+    Returns:
+        Per block, how far its divergence is above the mean of exact draws: ``found`` from the law
+        over the programs of the block and the known ones, ``named`` among the programs that occur
+        outside of the block, so that no program counts for being drawn.
     """
-    noise = np.random.default_rng(0)
-    programs, law = list(log_probs), gad.normalised(log_probs)
-    shares = np.exp([law[program] for program in programs])
-    above = []
-    for repetition in range(200):
-        picked = noise.choice(len(programs), size=_MEASURED, p=shares / shares.sum())
-        drawn = [programs[i] for i in picked]
-        seen = gad.normalised({p: log_probs[p] for p in programs if p in known or p in set(drawn)})
-        floor = gad.exact_divergences(seen, _MEASURED, 200, repetition).mean()
-        above.append(gad.divergence(drawn, seen) - float(floor))
-    low, high = np.quantile(above, [0.025, 0.975])
-    return {"mean": float(np.mean(above)), "low": float(low), "high": float(high)}
+    above: dict[str, list[float]] = {"found": [], "named": []}
+    for start in range(0, len(drawn) - _BLOCK + 1, _BLOCK):
+        block = drawn[start : start + _BLOCK]
+        others = dict([*drawn[:start], *drawn[start + _BLOCK :]])
+        for kind, law in (("found", {**known, **dict(block)}), ("named", others)):
+            inside = [program for program, _ in block if program in law]
+            log_law = gad.normalised(law)
+            floor = gad.exact_divergences(log_law, len(inside), 2000).mean()
+            above[kind].append(gad.divergence(inside, log_law) - float(floor))
+    return above
 
 
 def combined(results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -152,6 +166,11 @@ def report(results: Mapping[str, dict[str, Any]]) -> str:
             f"{part['p']:.2g}",
         ]
 
+    def control(part: dict[str, Any]) -> list[str]:
+        seen, _, p = cell(part["inside"])
+        outside = part["outside"]
+        return [seen, p, f"{outside['count']}/{outside['n']}", f"{outside['p']:.2g}"]
+
     return suite.markdown_table(
         [
             "task",
@@ -165,7 +184,8 @@ def report(results: Mapping[str, dict[str, Any]]) -> str:
             "outside: seen, expected share",
             "p",
             "masking: KL among them",
-            "exact draws",
+            "p",
+            "masking: outside",
             "p",
         ],
         [
@@ -179,7 +199,7 @@ def report(results: Mapping[str, dict[str, Any]]) -> str:
                 f"{found['outside']['count']}/{found['outside']['n']}, "
                 f"{found['outside']['low']:.3f} to {found['outside']['high']:.3f}",
                 f"{found['outside']['p']:.2g}",
-                *cell(found["control"]),
+                *control(found["control"]),
             ]
             for task, found in results.items()
         ],
@@ -272,12 +292,15 @@ def main(
         cars = journal.entries[f"{name}:cars"]
         results[name] = judge(cars, journal.entries[f"{name}:masking"], cars["log_bound"])
     overall = combined(results)
-    bias = suite.mean_spread([found["measure_bias"]["mean"] for found in results.values()])
+    blocks = {
+        kind: suite.mean_spread([v for found in results.values() for v in found["blocks"][kind]])
+        for kind in ("found", "named")
+    }
     result = {
         "environment": suite.environment(model, dtype),
         "settings": settings,
         "combined_p": overall,
-        "measure_bias": bias,
+        "blocks": blocks,
         "tasks": results,
     }
     body = (
@@ -290,10 +313,11 @@ def main(
         "the same programs.\n\n"
         f"{report(results)}\nFisher's combination over tasks: p = {overall['inside']:.2g} among "
         f"the programs named, p = {overall['outside']:.2g} outside of them.\n\n"
-        f"How far above its floor `gad.py` sees {_MEASURED} exact draws, because they also fall on "
-        "programs that nobody else has found (drawn from all programs found here, 200 "
-        f"repetitions; mean over tasks with a 95% bootstrap interval): {suite.show_mean(bias, 3)} "
-        "nats.\n"
+        f"{blocks['found']['n']} blocks of {_BLOCK} draws, KL above the mean of exact draws (means "
+        "over blocks with 95% bootstrap intervals): to the law over the programs of the block and "
+        f"of masking, as `gad.py` measures, {suite.show_mean(blocks['found'], 3)} nats; among the "
+        "programs that the other draws of the task have named, "
+        f"{suite.show_mean(blocks['named'], 3)} nats.\n"
     )
     suite.write_report(out, result, "Is CARS exact?", body)
 

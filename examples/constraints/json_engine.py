@@ -65,6 +65,8 @@ def parameters(arm: str, turn: str, schema: str, name: str, max_tokens: int) -> 
 
 def timed(llm: Any, name: str, prompt: Sequence[int], params: Any) -> dict[str, Any]:
     """Run one request; a refused one has only ``refused``, with the reason."""
+    from vllm.exceptions import VLLMValidationError
+
     engine = llm.llm_engine
     stamps: list[float] = []
     tokens: list[int] = []
@@ -72,7 +74,7 @@ def timed(llm: Any, name: str, prompt: Sequence[int], params: Any) -> dict[str, 
     start = time.perf_counter()
     try:
         engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
-    except ValueError as error:
+    except (VLLMValidationError, ValueError) as error:
         return {"refused": str(error)}
     while engine.has_unfinished_requests():
         for output in engine.step():

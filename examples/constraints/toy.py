@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import suite
 import typer
 from divergence import curve, kl, noise_floor, weight_summary
 from language import Prefix, enumerate_language
@@ -32,7 +33,6 @@ from report import engine_table, table, write
 from logits_processors.law import SamplingLaw
 from logits_processors.vocabulary import Vocabulary
 from logits_processors.xgrammar_constraint import compile_xgrammar
-from vllm_ext.cli.environment import describe
 from vllm_ext.cli.progress import progress
 
 CURVES = {
@@ -170,7 +170,7 @@ def main(
     chosen = [row for row in map(json.loads, lines) if not task or row["id"] in task]
     if not chosen:
         raise typer.BadParameter(f"no line of {tasks} has an id of {task}")
-    environment = describe()
+    environment = suite.environment(model, dtype)
     source, law = Model(model, dtype), SamplingLaw(temperature)
     counts = [2**k for k in range(4, 40) if 2**k <= samples]
     prompts: list[list[int]] = []
@@ -185,7 +185,7 @@ def main(
     result: dict[str, Any] = {
         "environment": environment,
         "settings": {
-            "model": model,
+            "model": environment["model"],
             "dtype": dtype,
             "chat": chat,
             "temperature": temperature,

@@ -43,7 +43,7 @@ def test_an_exact_sampler_passes_and_its_control_fails() -> None:
     overall = gad_exact.combined(results)
     assert overall["inside"] > 0.01
     assert overall["outside"] > 0.01
-    assert all(found["control"]["p"] < 1e-3 for found in results.values())
+    assert all(found["control"]["inside"]["p"] < 1e-3 for found in results.values())
     for found in results.values():
         assert found["outside"]["low"] <= found["outside"]["high"]
         assert found["inside"]["n"] + found["outside"]["count"] == 100
@@ -60,9 +60,24 @@ def test_too_many_or_too_few_outside_are_noticed() -> None:
     assert gad_exact.fit_outside(0, 100, 0.1, 0.2) < 1e-3
 
 
-def test_exact_draws_are_above_the_floor_of_a_law_that_was_found_by_them() -> None:
-    log_probs = {(i,): math.log(0.9 if i == 0 else 0.1 / 500) for i in range(501)}
-    bias = gad_exact.measure_bias(log_probs, set())
-    assert bias["low"] > 0.0
-    everything = gad_exact.measure_bias(log_probs, set(log_probs))
-    assert everything["mean"] == pytest.approx(0.0, abs=0.1 * bias["mean"])
+def test_the_control_is_noticed_outside() -> None:
+    cars = run(0, 200, 3.0)  # names the two or three most probable programs
+    found = gad_exact.judge(cars, run(99, 50, 0.0), math.log(MASS))
+    assert found["control"]["outside"]["count"] > 10
+    assert found["control"]["outside"]["p"] < 1e-3
+
+
+def test_rare_programs_lift_the_measure_but_not_among_named_ones() -> None:
+    shares = np.array([0.97] + [0.03 / 3000] * 3000)
+    picked = np.random.default_rng(0).choice(shares.size, size=1000, p=shares)
+    drawn = [((int(i),), math.log(shares[i])) for i in picked]
+    above = gad_exact.by_blocks(drawn, {})
+    assert len(above["found"]) == len(above["named"]) == 10
+    assert np.mean(above["found"]) > 0.03
+    assert abs(np.mean(above["named"])) < 0.01
+
+
+def test_a_bias_stays_among_named_programs() -> None:
+    flat = run(0, 400, 0.3)
+    above = gad_exact.by_blocks(gad_exact.whole(flat), {})
+    assert np.mean(above["named"]) > 0.1
