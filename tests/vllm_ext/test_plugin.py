@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from tests.vllm_ext.logs import logged
 from vllm_ext import background, hooks, plugin
 from vllm_ext.config import CONFIG_KEY, PLACEHOLDER_CLASS
 from vllm_ext.methods import OptionError
@@ -84,7 +85,6 @@ def test_methods_of_vllm_are_left_to_vllm() -> None:
 )
 def test_priming_that_cannot_happen_is_told_once(
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     option: str,
     plugins: str | None,
     server: bool,
@@ -94,13 +94,12 @@ def test_priming_that_cannot_happen_is_told_once(
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     background.warn_if_impossible.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+    with logged(logging.WARNING) as lines:
         for _ in range(3):
             background.warn_if_impossible(option, server=server)
-    assert len(caplog.records) == (advice is not None)
-    assert re.search(advice or "^$", caplog.text)
+    assert len(lines) == (advice is not None)
+    assert re.search(advice or "^$", "".join(lines))
 
 
 @pytest.mark.parametrize("server", [False, True])
@@ -207,23 +206,20 @@ def test_a_moved_front_end_leaves_others_alone(
     assert "vllm.engine.arg_utils:Nothing" in caplog.text
 
 
-def test_an_untested_vllm_warns_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_untested_vllm_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(vllm, "__version__", "0.32.7")
-    with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+    with logged(logging.WARNING) as lines:
         plugin.warn_if_untested.cache_clear()
         plugin.warn_if_untested()
-        assert caplog.text == ""
+        assert not lines
         monkeypatch.setattr(vllm, "__version__", "9.9.1")
         plugin.warn_if_untested.cache_clear()
         for _ in range(3):
             plugin.warn_if_untested()
-    assert len(caplog.records) == 1
-    assert "9.9.1" in caplog.text
+    assert len(lines) == 1
+    assert "9.9.1" in lines[0]
     plugin.warn_if_untested.cache_clear()
 
 
