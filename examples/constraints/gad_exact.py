@@ -139,6 +139,8 @@ def by_blocks(
         others = dict([*drawn[:start], *drawn[start + _BLOCK :]])
         for kind, law in (("found", {**known, **dict(block)}), ("named", others)):
             inside = [program for program, _ in block if program in law]
+            if not inside:
+                continue
             log_law = gad.normalised(law)
             floor = gad.exact_divergences(log_law, len(inside), 2000).mean()
             above[kind].append(gad.divergence(inside, log_law) - float(floor))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ def test_methods_are_measured_against_all_programs_found() -> None:
     assert found["expected_log_likelihood"] == pytest.approx(expected)
     assert cars["log_likelihood"]["mean"] == pytest.approx(expected)
     assert masking["log_likelihood"]["mean"] > expected
-    overall = gad.means({"task": found})
+    assert gad.means({"task": found}) == {}  # three programs are no law
+    runs = {"masking": drawn(*[A] * 12), "cars": drawn(*[A, B, A, C] * 3)}
+    overall = gad.means({"few": found, "task": gad.measure(runs)})
+    assert overall["cars"]["divergence"]["n"] == 1
     assert overall["masking"]["log_likelihood_minus_expected"]["mean"] > 0.1
     assert overall["cars"]["log_likelihood_minus_expected"]["mean"] == pytest.approx(0.0)
     assert "| task | cars | 4/4 | 3 |" in gad.report({"task": found})
@@ -83,3 +87,35 @@ def test_tasks_alternate_between_splits_shortest_first() -> None:
         for split, size in (("S", 5), ("S", 3), ("S", 4), ("B", 9))
     ]
     assert [row["id"] for row in gad.choose(rows, 3)] == ["B9", "S3", "S4"]
+
+
+def test_a_result_is_reported_again(tmp_path: Path) -> None:
+    gad_report = pytest.importorskip("gad_report")
+    settings = {"samples": 12, "max_attempts": 20, "max_tokens": 8, "batch": 4}
+    environment = {
+        "model": "m",
+        "cores": 1,
+        "cpu": "c",
+        "memory_gib": 1,
+        "gpu": [],
+        "load_average": [0.5],
+        "python": "3",
+        "versions": {"numpy": "2"},
+        "command": ["gad.py"],
+        "date": "today",
+        "git_commit": "abc",
+    }
+    runs = {method: drawn(*[A, B, A, C] * 3) for method in gad.METHODS}
+    result = {
+        "environment": environment,
+        "settings": settings,
+        "means": {},
+        "tasks": {"task": gad.measure(runs)},
+    }
+    path = tmp_path / "gad.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    gad_report.main(path)
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["means"]["cars"]["divergence"]["n"] == 1
+    assert again["environment"] == environment
+    assert "commit abc" in path.with_suffix(".md").read_text(encoding="utf-8")

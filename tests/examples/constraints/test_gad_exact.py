@@ -74,6 +74,7 @@ def test_rare_programs_lift_the_measure_but_not_among_named_ones() -> None:
     above = gad_exact.by_blocks(drawn, {})
     assert len(above["found"]) == len(above["named"]) == 10
     assert np.mean(above["found"]) > 0.03
+    assert gad_exact.by_blocks(drawn[:100], {})["named"] == []  # nobody else names anything
     assert abs(np.mean(above["named"])) < 0.01
 
 
