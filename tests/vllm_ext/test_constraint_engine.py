@@ -212,10 +212,13 @@ def test_records_of_n_texts(engines: tuple[Any, Any]) -> None:
 
 
 def test_unseeded_requests_differ(engines: tuple[Any, Any]) -> None:
-    # So hot that every allowed token is about as likely: equal texts would mean equal noise.
-    asked = params({"constraint_regex": "[a-z]{16}"}, seed=None, temperature=100.0)
-    samples = constraints.generate(engines[0], prompts(1, seed=4) * 4, asked)
-    assert len({tuple(sample.token_ids) for sample in samples}) == 4
+    # Of 200 such texts of 16 letters no two were equal: equal ones would mean equal noise.
+    keys = {"constraint_regex": "[a-z]{22}"}
+    same_prompt = prompts(1, seed=4) * 4
+    for seed, different in ((None, 4), (5, 1)):
+        asked = params(keys, seed=seed, temperature=2.0)
+        samples = constraints.generate(engines[0], same_prompt, asked)
+        assert len({tuple(sample.token_ids) for sample in samples}) == different
 
 
 def test_a_failing_predicate_ends_its_request_only(engines: tuple[Any, Any]) -> None:
