@@ -12,6 +12,9 @@ MODEL ?=
 PROMPTS ?= examples/prompts.jsonl
 ARGS ?=
 
+# Tests side by side, a core and about 2 GiB each; test files are not split.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(VLLM)
 FETCHED_MODEL = $(or $(MODEL),$$($(BIN)/vllm-ext model fetch))
@@ -53,10 +56,10 @@ types: $(READY)  ## static types
 	$(BIN)/mypy
 
 unit: $(READY)  ## tests without an engine
-	$(PYTEST) -q -m "not engine and not gpu and not slow"
+	$(PYTEST) -q -n $(JOBS) --dist loadfile -m "not engine and not gpu and not slow"
 
 engine: $(READY)  ## tests on a real engine
-	$(PYTEST) -q -m "engine and not gpu and not slow"
+	$(PYTEST) -q -n $(JOBS) --dist loadfile -m "engine and not gpu and not slow"
 
 slow: $(READY)  ## long statistical tests
 	$(PYTEST) -q -m "slow and not gpu"

@@ -12,6 +12,7 @@ and n* = 0 unless it beats the step without drafts by a margin.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -63,7 +64,7 @@ class SizeSearch:
         return True
 
 
-class StepCost:
+class StepCost(ABC):
     """Latency of a step by its number of scheduled tokens (rows): a curve through anchors.
 
     Args:
@@ -129,6 +130,6 @@ class StepCost:
         corners = [*(self._rows[inner].astype(int) - base_rows).tolist(), limit]
         return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)
 
+    @abstractmethod
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Seconds by row count; linear between the anchors and beyond them."""
-        raise NotImplementedError

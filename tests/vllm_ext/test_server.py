@@ -157,11 +157,13 @@ async def _load(server: Server, count: int, concurrency: int) -> list[int]:
     gate = asyncio.Semaphore(concurrency)
 
     async def one(index: int) -> int:
+        leaves = index % 10 == 9
         async with gate:
             stream = await client.completions.create(
                 model=MODEL,
                 prompt=f"{index % 7}" * (1 + index % 90),
-                max_tokens=16 + index % 17,
+                # Too long to be over, and sent as one piece, before its client has left.
+                max_tokens=2000 if leaves else 16 + index % 17,
                 temperature=(0.0, 0.9)[index % 2],
                 seed=index,
                 stream=True,
@@ -171,7 +173,7 @@ async def _load(server: Server, count: int, concurrency: int) -> list[int]:
             seen = 0
             async for chunk in stream:
                 seen += 1
-                if index % 10 == 9 and seen == 3:
+                if leaves and seen == 3:
                     break
                 if chunk.usage:
                     return int(chunk.usage.completion_tokens)

@@ -8,9 +8,12 @@ are as good as any (Token Recycling, arXiv 2408.08696).
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
+
+logger = logging.getLogger("vllm.vllm_ext")
 
 _CHUNK = 64
 _STRIDE = 8
@@ -57,7 +60,8 @@ def _kernel() -> Callable[..., None] | None:
     """The compiled form, or ``None`` where there is no Numba or no place for what it compiles."""
     try:
         from vllm_ext.worker.observe_kernel import top_rows
-    except Exception:
+    except Exception as error:
+        logger.warning("vllm-ext: top candidates by torch, not compiled: %s", error)
         return None
     kernel: Callable[..., None] = top_rows
     return kernel

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
+
 import pytest
 import torch
 
+from tests.vllm_ext.logs import logged
 from vllm_ext.worker import observe
+from vllm_ext.worker.observe import _kernel as _find
 from vllm_ext.worker.observe import top_candidates
 
 
@@ -17,6 +23,21 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(observe, "_SMALL", 4096)
     if request.param == "torch":
         monkeypatch.setattr(observe, "_kernel", lambda: None)
+
+
+@pytest.mark.parametrize("missing", ["vllm_ext.compiled", "vllm_ext.worker.observe_kernel"])
+def test_without_the_compiled_form_it_says_so_once(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that is None cannot be imported."""
+    monkeypatch.delitem(sys.modules, "vllm_ext.worker.observe_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    find = functools.cache(_find.__wrapped__)
+    with logged(logging.WARNING) as lines:
+        assert find() is None
+        assert find() is None
+    assert len(lines) == 1
+    assert "by torch, not compiled" in lines[0]
 
 
 @pytest.mark.parametrize("vocab", [96, 1000, 4096, 49152, 50257])
