@@ -7,7 +7,7 @@ runs, so that ``vllm-ext doctor`` can say what is missing on a machine without i
 
 import typer
 
-from vllm_ext.cli import bench, datastore, distill, doctor, methods, model, prime, verify
+from vllm_ext.cli import bench, datastore, distill, doctor, methods, model, prime, report, verify
 
 app = typer.Typer(
     name="vllm-ext",
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("bench")(bench.command)
+app.command("report")(report.command)
 app.command("verify", epilog=verify.EPILOG)(verify.command)
 app.command("doctor")(doctor.command)
 app.command("methods")(methods.command)

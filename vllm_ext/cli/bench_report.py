@@ -203,7 +203,7 @@ def task_table(arms: dict[str, list[dict[str, Any]]]) -> Table:
     table.add_column("task")
     for arm, e in cells:
         table.add_column(f"{arm} b{e['batch']}", justify="right")
-    for kind, name in _parts([e for _, e in cells]):
+    for kind, name in parts([e for _, e in cells]):
         found = [e[kind].get(name) for _, e in cells]
         table.add_row(
             name,
@@ -215,8 +215,8 @@ def task_table(arms: dict[str, list[dict[str, Any]]]) -> Table:
     return table
 
 
-def _parts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Lines of the task table: the key of an entry, and a name under it."""
+def parts(entries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Lines of a table by task: the key of an entry, "tasks" or "datasets", and a name under it."""
     datasets = list(dict.fromkeys(name for e in entries for name in e["datasets"]))
     tasks = sorted({name for e in entries for name in e["tasks"]})
     if len(datasets) < 2:

@@ -4,13 +4,13 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.vllm_ext.cli.processes import alive, ends
 from vllm_ext.cli import app
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, EngineError
@@ -76,23 +76,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
     return EngineConfig({"model": "m"}, {"FLAG": "set"})
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs: zombies, which only wait to be reaped, do not count."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(pid: int) -> bool:
-    for _ in range(100):
-        if not alive(pid):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_environment_and_calls_reach_the_engine(stand_in: EngineConfig) -> None:
     with EngineProcess(stand_in) as engine:
         (request,) = engine.generate([[7]], [{}]).requests
@@ -120,8 +103,8 @@ def test_closing_ends_every_process_of_the_engine(stand_in: EngineConfig) -> Non
     assert alive(host)
     engine.close()
     engine.close()
-    assert wait_until_gone(helper)
-    assert wait_until_gone(host)
+    assert ends(helper)
+    assert ends(host)
     assert not engine.log.exists()
 
 

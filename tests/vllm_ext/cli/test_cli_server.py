@@ -7,13 +7,13 @@ import json
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.vllm_ext.cli.processes import alive, ends
 from vllm_ext.cli import app, server_process
 from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, EngineError
 from vllm_ext.cli.served_engine import ServedEngine
@@ -38,23 +38,6 @@ def worker_of(log: Path) -> int:
     found = re.search(r"worker (\d+)", log.read_text())
     assert found is not None
     return int(found[1])
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def ends(pid: int) -> bool:
-    """Whether a process is gone soon."""
-    for _ in range(100):
-        if not alive(pid):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_keyword_arguments_become_options(monkeypatch: pytest.MonkeyPatch) -> None:
