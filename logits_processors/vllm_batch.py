@@ -203,4 +203,4 @@ def _fail(session: Session, error: Exception) -> None:
     """End one request instead of the engine."""
     session.fail(f"{type(error).__name__}: {error}")
     expected = isinstance(error, ConstraintRuntimeError | ValueError)
-    logger.error("vllm-ext: a constrained request failed: %s", error, exc_info=not expected)
+    logger.error("vllm-ext: a constrained request failed: %s", session.error, exc_info=not expected)

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.loading import load_example
 from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts, texts
 from tests.vllm_ext.test_engine import params
-from tests.vllm_ext.worker.test_walk import p_value
+
+p_value = load_example("walk_law").p_value
 
 pytestmark = pytest.mark.engine
 

@@ -22,26 +22,23 @@ from proposers.verify_block import BlockWalk
 from proposers.verify_kseq import kseq
 from proposers.verify_swor import swor
 from proposers.verify_tree import TreeWalk, Verification
-from tests.vllm_ext.worker.test_walk import (
-    ALPHA,
-    LENGTH,
-    VOCAB,
-    exact,
-    law,
-    metadata,
-    p_value,
-    paths_of,
-    table,
-)
+from tests.loading import load_example
 from vllm_ext.worker.ratio_walk import ratio_walk
 from vllm_ext.worker.walk import stack_logprobs
+
+walk_law = load_example("walk_law")
+LENGTH, VOCAB = walk_law.LENGTH, walk_law.VOCAB
+exact, law, metadata = walk_law.exact, walk_law.law, walk_law.metadata
+p_value, paths_of, table = walk_law.p_value, walk_law.paths_of, walk_law.table
+
+ALPHA = 1e-4  # of each chi-square test; the controls miss it by many orders of magnitude
 
 Table = dict[tuple[int, ...], np.ndarray]
 Verifying = Callable[[SampledTree, Chance, int], Verification]
 Growing = Callable[[SampledTree, Chance], LevelwiseGrowth]
 
 PLAIN = {"temperature": 1.0}
-EVERYTHING = {"temperature": 0.8, "presence": 0.7, "top_k": 3, "top_p": 0.9}
+EVERYTHING = {"temperature": 0.8, "presence_penalty": 0.7, "top_k": 3, "top_p": 0.9}
 METHODS: dict[str, tuple[Growing, Verifying]] = {
     "swor": (
         lambda t, c: grow_constant(t, (2, 1), c),
