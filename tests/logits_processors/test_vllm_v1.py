@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from logits_processors.constraint import ConstraintRuntimeError
 from logits_processors.session import ConstraintSession
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
+from tests.vllm_ext.logs import logged
 
 METHODS = ("awrs", "masking", "asap", "cars")
 TEXTS = set(map(spell, LANGUAGE))
@@ -439,9 +441,13 @@ def test_an_error_while_generating_ends_one_request(
     engine = ToyV1()
     engine.add("a", params("a", method))
     engine.add("b", PLAIN)
-    for _ in range(4):
-        engine.step()
+    with logged(logging.ERROR) as lines:
+        for _ in range(4):
+            engine.step()
     assert engine.texts["a"][2:] == [EOS, EOS]
+    assert len(lines) == 1
+    assert "half a" in lines[0]
+    lines[0].encode()  # or the log could not be written
     [record] = engine.records("a")
     assert record.state == "error"
     assert "half a" in record.error
