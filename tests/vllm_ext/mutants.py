@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ext.attention.layout import KeyLayout
+from vllm_ext.attention.layout import CacheLayout
 from vllm_ext.worker import runner as runner_module
 from vllm_ext.worker import step as step_module
 from vllm_ext.worker import walk as walk_module
@@ -79,7 +79,7 @@ class MutantWorker(TreeCPUWorker):
             if hasattr(layer, "impl")
         ]
         for impl in impls:
-            impl.key_layout = impl.__dict__.setdefault("_true_layout", impl.key_layout)
+            impl.layout = impl.__dict__.setdefault("_true_layout", impl.layout)
 
         if name == "ancestor-mask":
             step_module.TreeRows.build = classmethod(_see_all)  # type: ignore[assignment]
@@ -97,10 +97,9 @@ class MutantWorker(TreeCPUWorker):
             runner._update_processors = lambda live: None
         elif name == "cache-layout":
             for impl in impls:
-                true = impl.key_layout
-                impl.key_layout = KeyLayout(
-                    true.block_size, true.head_size, torch.arange(len(true.order))
-                )
+                true = impl.layout
+                plain = torch.arange(len(true.keys))
+                impl.layout = CacheLayout(true.block_size, true.head_size, plain, true.values)
         elif name != "none":
             raise ValueError(name)
         return [

@@ -9,17 +9,41 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from vllm_ext.attention.layout import KeyLayout, read_values, split_cache
+from vllm_ext.attention.layout import CacheLayout, split_cache
 from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, TreeRows
+
+
+class Kernel(Protocol):
+    """Compiled tree attention of one layer and one tree."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        tree: TreeRows,
+        window: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the attention of the tree's rows.
+
+        Args:
+            query: [rows, heads, head_size].
+            cache: [blocks, kv_heads, block_size, 2 * head_size]; within a block and head all keys
+                come before all values.
+            table: int32 [blocks of the request and more].
+            tree: what the rows are.
+            window: sliding window in positions, or -1.
+            scale: of the scores.
+            out: written, [rows, heads, head_size].
+        """
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -35,14 +59,13 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
     """Stock implementation plus tree attention for the rows that need it.
 
     Attributes:
-        key_layout: set by the worker after probing; ``None`` until then and where trees are
-            refused.
-        kernel: the compiled kernel (`cpu_kernel.attend`), where set-up found it right and faster
-            than torch's operators; it knows one layout of keys.
+        layout: of the cache, set by the worker after probing; ``None`` until then and where trees
+            are refused.
+        kernel: a compiled kernel, where set-up found one right and faster than torch's operators.
     """
 
-    key_layout: KeyLayout | None = None
-    kernel: Callable[..., None] | None = None
+    layout: CacheLayout | None = None
+    kernel: Kernel | None = None
 
     def why_no_trees(self) -> str | None:
         """Return why this layer cannot verify trees, or ``None`` if it can."""
@@ -89,7 +112,12 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
             )
         for tree in step.trees:
             rows = slice(tree.start, tree.start + tree.queries)
-            output[rows] = self._attend(step, tree, query[rows], kv_cache, attn_metadata)
+            table = attn_metadata.block_table[tree.request]
+            if self.kernel is None:
+                output[rows] = self._attend(step, tree, query[rows], kv_cache, table)
+            else:
+                window = self.sliding_window
+                self.kernel(query[rows], kv_cache, table, tree, window, self.scale, output[rows])
         return output
 
     def _attend(
@@ -98,73 +126,33 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         tree: TreeRows,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        table: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of one tree.
+        """Attention of one tree by torch's operators.
 
         Args:
             step: the step, which caches the mask for its other layers.
             tree: the tree.
             query: [rows, heads, head_size].
             kv_cache: the layer's cache, with the keys and values of this step already written.
-            attn_metadata: stock metadata of the layer's KV group.
+            table: the request's blocks in the layer's KV group.
 
         Returns:
             [rows, heads, head_size].
         """
-        assert self.key_layout is not None, "tree attention before the key layout was probed"
-        if self.kernel is not None and self.key_layout.transposed:
-            return self._attend_compiled(self.kernel, tree, query, kv_cache, attn_metadata)
-        block_size = self.key_layout.block_size
-        blocks = -(-(tree.base + tree.size) // block_size)
-        table = attn_metadata.block_table[tree.request, :blocks]
+        layout = self.layout
+        assert layout is not None, "tree attention before the layout was probed"
+        blocks = -(-(tree.base + tree.size) // layout.block_size)
+        table = table[:blocks]
         key_cache, value_cache = split_cache(kv_cache)
         # In float32, as the stock kernel computes; torch's bfloat16 attention rounds the softmax
         # weights to bfloat16 as well.
-        keys = self.key_layout.read(key_cache.index_select(0, table)).float()
-        values = read_values(value_cache.index_select(0, table)).float()
-        mask = tree_mask(step, tree, blocks * block_size, self.sliding_window)
+        keys = layout.read_keys(key_cache.index_select(0, table)).float()
+        values = layout.read_values(value_cache.index_select(0, table)).float()
+        mask = tree_mask(step, tree, blocks * layout.block_size, self.sliding_window)
         return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(
             query.dtype
         )
-
-    def _attend_compiled(
-        self,
-        kernel: Callable[..., None],
-        tree: TreeRows,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-    ) -> torch.Tensor:
-        """As `_attend`, by the compiled kernel; float32 [rows, heads, head_size]."""
-        output = torch.empty(query.shape, dtype=torch.float32)
-        kernel(
-            query.float().contiguous().numpy(),
-            cache_bits(kv_cache),
-            attn_metadata.block_table[tree.request].numpy(),
-            tree.base,
-            tree.visible,
-            tree.depths,
-            tree.first,
-            self.sliding_window,
-            np.float32(self.scale),
-            output.numpy(),
-        )
-        return output
-
-
-def cache_bits(cache: torch.Tensor) -> NDArray[Any]:
-    """A cache of 2 or 4 byte elements as the compiled kernel takes it, without a copy.
-
-    Args:
-        cache: [blocks, kv_heads, block_size, 2 * head_size]; within a block all keys come first.
-
-    Returns:
-        uint16 or uint32 [blocks, kv_heads, 2, block_size * head_size].
-    """
-    integers = torch.uint16 if cache.element_size() == 2 else torch.uint32
-    bits: NDArray[Any] = cache.view(integers).view(*cache.shape[:2], 2, -1).numpy()
-    return bits
 
 
 def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:

@@ -21,13 +21,15 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
-from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate
+from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate, wide_vectors
+from vllm_ext.worker.step import TreeRows
 
 TILE = 64
 """Slots per tile, and columns of a head per accumulator."""
 
-_MASKED = np.float32(-1e30)
+MASKED = np.float32(-1e30)
 
 
 @compiled
@@ -62,6 +64,7 @@ def _load(
 @compiled
 def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> None:
     """``out [2, TILE] += left [2, pitch][:, :inner] @ right [inner, TILE]``; inner in fours."""
+    wide_vectors()
     for i in range(0, inner, 4):
         a0, a1, a2, a3 = left[i], left[i + 1], left[i + 2], left[i + 3]
         k = pitch + i
@@ -74,20 +77,20 @@ def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> N
 
 
 @compiled
-def _mask(
+def hide(
     scores: Any, row: int, base: int, visible: Any, depths: Any, window: int, start: int, n: int
 ) -> None:
     """Hide from a tree row what it must not see of the ``n`` slots from ``start`` on."""
     for j in range(max(0, base - start), n):
         if not visible[row, start + j - base]:
-            scores[j] = _MASKED
+            scores[j] = MASKED
     if window >= 0:  # in positions; slots of a tree are not its positions
         edge = base + depths[row] - window
         for j in range(n):
             slot = start + j
             position = slot if slot < base else base + depths[slot - base]
             if position <= edge:
-                scores[j] = _MASKED
+                scores[j] = MASKED
 
 
 @compiled
@@ -109,7 +112,7 @@ def attend(
         query: float32 [rows, heads, head_size]; head_size in fours.
         cache: [blocks, kv_heads, 2, block_size * head_size], the bits of float32 (uint32) or
             bfloat16 (uint16); keys of a block are stored as [head_size, block_size], values as
-            [block_size, head_size].
+            [block_size, head_size] (`layout.ROWS`).
         table: integers [blocks of the request].
         base: committed slots; every row sees them, as far as the window allows.
         visible: bool [size, size], the whole tree's.
@@ -119,6 +122,7 @@ def attend(
         scale: float32, of the scores.
         out: float32 [rows, heads, head_size], written.
     """
+    wide_vectors()
     rows, heads, head_size = query.shape
     kv_heads = cache.shape[1]
     group = heads // kv_heads
@@ -138,7 +142,6 @@ def attend(
     key_bits = np.zeros(head_size * TILE, np.uint32)
     value_bits = np.zeros(chunks * TILE * TILE, np.uint32)
     keys, values = key_bits.view(np.float32), value_bits.view(np.float32)
-    powers = np.empty(TILE, np.int32)
 
     for head in range(kv_heads):
         for m in range(count):
@@ -146,7 +149,7 @@ def attend(
                 element = query[m // group, head * group + m % group, d]
                 queries[m // 2, m % 2 * head_size + d] = element * scale
         sums[:] = ZERO
-        highest[:] = _MASKED
+        highest[:] = MASKED
         weight[:] = ZERO
         for start in range(begin, total, TILE):
             n = min(TILE, total - start)
@@ -157,8 +160,8 @@ def attend(
             for m in range(2 * pairs):
                 mine = scores[m // 2, m % 2 * TILE : m % 2 * TILE + TILE]
                 if m < count and (start + n > base or window >= 0):
-                    _mask(mine, first + m // group, base, visible, depths, window, start, n)
-                mine[n:] = _MASKED
+                    hide(mine, first + m // group, base, visible, depths, window, start, n)
+                mine[n:] = MASKED
                 top = highest[m]
                 for j in range(TILE):
                     top = max(top, mine[j])
@@ -168,7 +171,7 @@ def attend(
                     for chunk in range(chunks):
                         sums[m // 2, chunk, m % 2 * TILE : m % 2 * TILE + TILE] *= shrink
                     highest[m] = top
-                weight[m] += exponentiate(mine, top, powers)
+                weight[m] += exponentiate(mine, top)
             inner = (n + 3) // 4 * 4
             for pair in range(pairs):
                 for chunk in range(chunks):
@@ -179,3 +182,30 @@ def attend(
             for d in range(head_size):
                 summed = sums[m // 2, d // TILE, m % 2 * TILE + d % TILE]
                 out[m // group, head * group + m % group, d] = summed * scaling
+
+
+def tree_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    tree: TreeRows,
+    window: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """`attend` on the engine's tensors; a `cpu.Kernel`."""
+    integers = torch.uint16 if cache.element_size() == 2 else torch.uint32
+    exact = torch.empty(query.shape, dtype=torch.float32)
+    attend(
+        query.float().contiguous().numpy(),
+        cache.view(integers).view(*cache.shape[:2], 2, -1).numpy(),
+        table.numpy(),
+        tree.base,
+        tree.visible,
+        tree.depths,
+        tree.first,
+        window,
+        np.float32(scale),
+        exact.numpy(),
+    )
+    out.copy_(exact)

@@ -30,7 +30,7 @@ def self_test(layer: Any, dtype: torch.dtype) -> str | None:
     """Test one attention layer on a scratch cache.
 
     Args:
-        layer: vLLM ``Attention`` layer whose impl has its ``key_layout``.
+        layer: vLLM ``Attention`` layer whose impl has its ``layout``.
         dtype: of queries, keys and values.
 
     Returns:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up: decide whether this engine can verify trees, and prove it on this machine.
 
-Every attention layer must be one that tree attention covers, its key layout is probed, and a
+Every attention layer must be one that tree attention covers, its cache layout is probed, and a
 self-test compares tree attention with the stock kernel (on a chain) and with dense masked attention
 (on a tree). Whatever does not pass makes the engine draft chains, in one clear log line.
 
@@ -11,19 +11,24 @@ context once but runs on one core. The second is used where it passes the same t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from vllm_ext.attention.cpu import TreeCPUAttentionBackendImpl
-from vllm_ext.attention.layout import LayoutError, probe
+from vllm_ext.attention.cpu import Kernel, TreeCPUAttentionBackendImpl
+from vllm_ext.attention.layout import PAIRS, ROWS, LayoutError, probe
 from vllm_ext.attention.selftest import seconds_per_call, self_test
 
 logger = init_logger("vllm.vllm_ext")
 
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+_KERNELS = {
+    (ROWS, torch.float32): "vllm_ext.attention.cpu_kernel",
+    (ROWS, torch.bfloat16): "vllm_ext.attention.cpu_kernel",
+    (PAIRS, torch.bfloat16): "vllm_ext.attention.amx_kernel",
+}
+"""Modules with a `Kernel` called ``tree_attention``, by packing and dtype of the cache."""
 
 
 def set_up_tree_attention(runner: Any) -> str | None:
@@ -65,34 +70,34 @@ def _set_up_layer(layer: Any, tested: dict[tuple[Any, ...], Any]) -> str | None:
     kind = (tuple(cache.shape[1:]), cache.dtype, layer.isa, impl.num_heads, impl.sliding_window)
     if kind not in tested:
         try:
-            impl.key_layout = probe(layer, cache)
+            impl.layout = probe(layer, cache)
         except LayoutError as error:
-            return f"key layout unknown ({error})"
+            return f"cache layout unknown ({error})"
         # The dtype of a draft model's layers may not be the target's; a cache that is not quantised
         # has that of its layer.
         reason = self_test(layer, cache.dtype)
         if reason is not None:
             return reason
         impl.kernel = _faster_kernel(layer)
-        tested[kind] = impl.key_layout, impl.kernel
-    impl.key_layout, impl.kernel = tested[kind]
+        tested[kind] = impl.layout, impl.kernel
+    impl.layout, impl.kernel = tested[kind]
     return None
 
 
-def _faster_kernel(layer: Any) -> Callable[..., None] | None:
+def _faster_kernel(layer: Any) -> Kernel | None:
     """The compiled kernel, if it is right and faster on this machine; ``None`` means torch."""
     impl, dtype = layer.impl, layer.kv_cache.dtype
-    if not impl.key_layout.transposed or dtype not in _COMPILED_DTYPES or impl.head_size % 4:
+    name = _KERNELS.get((impl.layout.packing, dtype))
+    if name is None or impl.head_size % 4:
         return None
     by_torch = seconds_per_call(layer, dtype)
     try:
-        from vllm_ext.attention.cpu_kernel import attend
-
-        impl.kernel = attend
+        kernel: Kernel = importlib.import_module(name).tree_attention
+        impl.kernel = kernel
         reason = self_test(layer, dtype)
     except Exception as error:  # no Numba, or no folder where it may keep what it compiled
         reason = str(error)
     if reason is not None:
         logger.warning("vllm-ext: tree attention by torch, not compiled: %s", reason)
         return None
-    return attend if seconds_per_call(layer, dtype) < by_torch else None
+    return kernel if seconds_per_call(layer, dtype) < by_torch else None

@@ -35,7 +35,6 @@ def top_rows(logits: Any, stride: int, ids: Any, probs: Any) -> None:
     values = np.empty(k, np.float32)
     taken = np.empty((vocab + stride - 1) // stride, np.uint32)
     sampled = taken.view(np.float32)
-    powers = np.empty(len(taken), np.int32)
     for row in range(rows):
         line = logits[row]
         for c in range(chunks):
@@ -68,7 +67,7 @@ def top_rows(logits: Any, stride: int, ids: Any, probs: Any) -> None:
         ids[row, found:] = 0
         best = values[0]
         copy_bits(taken, 0, 1, line, 0, stride, len(taken), 1)
-        total = np.float32(stride) * exponentiate(sampled, best, powers)
+        total = np.float32(stride) * exponentiate(sampled, best)
         for j in range(k):
             probs[row, j] = np.exp(values[j] - best) if values[j] - best > LOWEST else ZERO
             if ids[row, j] % stride == 0:

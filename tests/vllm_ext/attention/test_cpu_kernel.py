@@ -3,102 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from tests.vllm_ext.attention.cpu_case import Case, Floats
 from vllm_ext.attention.cpu_kernel import TILE, attend
 
-Floats = NDArray[np.float32]
 
-
-@dataclass
-class Case:
-    """A random request: its cache as the engine stores it, and the plain keys and values."""
-
-    base: int
-    nodes: int
-    heads: int = 6
-    kv_heads: int = 2
-    size: int = 64
-    block_size: int = 32
-    window: int = -1
-    first: int = 0
-    bfloat16: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        rows = self.nodes + 1
-        total = self.base + rows
-        blocks = -(-total // self.block_size)
-        shape = (total, self.kv_heads, self.size)
-        self.keys, self.values = (self._rounded(rng.standard_normal(shape)) for _ in range(2))
-        self.query = rng.standard_normal((rows - self.first, self.heads, self.size), np.float32)
-        self.visible = np.eye(rows, dtype=np.bool_)
-        self.depths = np.zeros(rows, np.int64)
-        for row in range(1, rows):
-            parent = int(rng.integers(0, row))
-            self.visible[row] |= self.visible[parent]
-            self.depths[row] = self.depths[parent] + 1
-        self.table = (1 + rng.permutation(blocks)).astype(np.int32)
-        # Slots that hold no key of this request must not matter.
-        cache = np.full(
-            (blocks + 1, self.kv_heads, 2, self.block_size * self.size), 1e6, np.float32
-        )
-        for slot in range(total):
-            block, offset = self.table[slot // self.block_size], slot % self.block_size
-            for head in range(self.kv_heads):
-                keys = cache[block, head, 0].reshape(self.size, self.block_size)
-                keys[:, offset] = self.keys[slot, head]
-                values = cache[block, head, 1].reshape(self.block_size, self.size)
-                values[offset] = self.values[slot, head]
-        bits = cache.view(np.uint32)
-        self.cache: NDArray[Any] = (bits >> 16).astype(np.uint16) if self.bfloat16 else bits
-
-    def _rounded(self, values: NDArray[np.float64]) -> Floats:
-        single = values.astype(np.float32)
-        if self.bfloat16:
-            single = (single.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        return single
-
-    def attend(self, **changed: Any) -> Floats:
-        """The kernel, on this request or with something changed."""
-        out = np.full(self.query.shape, np.nan, np.float32)
-        given = {
-            "query": self.query,
-            "cache": self.cache,
-            "table": self.table,
-            "base": self.base,
-            "visible": self.visible,
-            "depths": self.depths,
-            "first": self.first,
-            "window": self.window,
-            "scale": np.float32(self.size**-0.5),
-        }
-        attend(*(given | changed).values(), out)
-        return out
-
-    def dense(self) -> NDArray[np.float64]:
-        """Masked attention in float64."""
-        group = self.heads // self.kv_heads
-        keys = self.keys.astype(np.float64).repeat(group, axis=1)
-        values = self.values.astype(np.float64).repeat(group, axis=1)
-        scores = np.einsum("qhd,khd->hqk", self.query, keys) * self.size**-0.5
-        seen = np.ones((self.nodes + 1, len(keys)), np.bool_)
-        seen[:, self.base :] = self.visible
-        if self.window >= 0:
-            position = np.arange(len(keys))
-            position[self.base :] = self.base + self.depths
-            seen &= position[self.base :, None] - position[None] < self.window
-        scores[:, ~seen[self.first :]] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        out: NDArray[np.float64] = np.einsum("hqk,khd->qhd", weights, values)
-        return out
+def run(case: Case, **changed: Any) -> Floats:
+    """The kernel, on a request or with something changed."""
+    out = np.full(case.query.shape, np.nan, np.float32)
+    attend(*(case.arguments() | changed).values(), out)
+    return out
 
 
 CASES = {
@@ -127,7 +45,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_dense_attention(name: str) -> None:
     case = CASES[name]
-    np.testing.assert_allclose(case.attend(), case.dense(), atol=2e-6)
+    np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -139,13 +57,19 @@ def test_equals_dense_attention_on_random_sizes(seed: int) -> None:
         window=int(rng.integers(1, 300)) if seed % 2 else -1,
         seed=seed,
     )
-    np.testing.assert_allclose(case.attend(), case.dense(), atol=2e-6)
+    np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 2, 3])
+def test_slots_that_were_never_written_may_hold_anything(nodes: int) -> None:
+    case = Case(base=70, nodes=nodes, unwritten=np.nan)
+    np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)
 
 
 def test_large_scores_do_not_overflow() -> None:
     case = Case(base=100, nodes=4)
     case.query *= 1000.0
-    np.testing.assert_allclose(case.attend(), case.dense(), atol=2e-4)
+    np.testing.assert_allclose(run(case), case.dense(), atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +85,5 @@ def test_large_scores_do_not_overflow() -> None:
 )
 def test_every_argument_matters(changed: str, value: Any) -> None:
     case = Case(base=300, nodes=12, window=2, first=1)
-    np.testing.assert_allclose(case.attend(), case.dense(), atol=2e-6)
-    assert np.abs(case.attend(**{changed: value}) - case.dense()).max() > 1e-2
+    np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)
+    assert np.abs(run(case, **{changed: value}) - case.dense()).max() > 1e-2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probing the key layout, with writers that pack in different ways and with vLLM's own."""
+"""Probing the cache layout, with writers that pack in different ways and with vLLM's own."""
 
 from __future__ import annotations
 
@@ -10,60 +10,70 @@ import pytest
 import torch
 
 from tests.vllm_ext.attention.cpu_layer import HEAD, make_layer
-from vllm_ext.attention.layout import LayoutError, probe, read_values, split_cache
+from vllm_ext.attention.layout import PAIRS, ROWS, LayoutError, probe, split_cache
 
 BLOCK, SIZE, HEADS = 32, 16, 2
+PLAIN = torch.arange(BLOCK * SIZE).view(BLOCK, SIZE)
+TRANSPOSED = torch.arange(BLOCK * SIZE).view(SIZE, BLOCK).T
+SHUFFLED = torch.randperm(BLOCK * SIZE, generator=torch.Generator().manual_seed(0)).view(
+    PLAIN.shape
+)
+# Two of something beside each other, sixteen of those in a row.
+PAIRED_KEYS = torch.arange(BLOCK * SIZE).view(BLOCK // 16, SIZE // 2, 16, 2).permute(0, 2, 1, 3)
+PAIRED_VALUES = torch.arange(BLOCK * SIZE).view(SIZE // 16, BLOCK // 2, 16, 2).permute(1, 3, 0, 2)
 
 
 class Writer:
     """A cache writer that stores element (slot, dim) of a block at ``order[slot, dim]``."""
 
-    def __init__(self, order: torch.Tensor, corrupt: bool = False) -> None:
-        self.order, self.corrupt = order, corrupt
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.orders = keys.reshape(BLOCK, SIZE), values.reshape(BLOCK, SIZE)
+        self.scales = [1, 1]
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, cache: Any, slots: torch.Tensor
     ) -> None:
-        keys, values = split_cache(cache)
-        for i, slot in enumerate(slots.tolist()):
-            block, offset = divmod(slot, BLOCK)
-            for head in range(HEADS):
-                flat = keys[block, head].view(-1)
-                flat[self.order[offset]] = key[i, head] * (0 if self.corrupt else 1)
-                values[block, head, offset] = value[i, head]
+        halves = zip(split_cache(cache), (key, value), self.orders, self.scales, strict=True)
+        for stored, given, order, scale in halves:
+            for i, slot in enumerate(slots.tolist()):
+                block, offset = divmod(slot, BLOCK)
+                for head in range(HEADS):
+                    stored[block, head].view(-1)[order[offset]] = given[i, head] * scale
 
 
 ORDERS = {
-    "plain": torch.arange(BLOCK * SIZE).view(BLOCK, SIZE),
-    "transposed": torch.arange(BLOCK * SIZE).view(SIZE, BLOCK).T,
-    "shuffled": torch.randperm(BLOCK * SIZE, generator=torch.Generator().manual_seed(0)).view(
-        BLOCK, SIZE
-    ),
+    "plain": (PLAIN, PLAIN, None),
+    "transposed": (TRANSPOSED, PLAIN, ROWS),
+    "both transposed": (TRANSPOSED, TRANSPOSED, None),
+    "shuffled": (SHUFFLED, SHUFFLED.flip(0), None),
+    "pairs": (PAIRED_KEYS, PAIRED_VALUES, PAIRS),
 }
 
 
-def fake(name: str, corrupt: bool = False) -> tuple[Any, torch.Tensor]:
+def fake(name: str) -> tuple[Any, torch.Tensor]:
     cache = torch.zeros(3, HEADS, BLOCK, 2 * SIZE, dtype=torch.bfloat16)
-    return SimpleNamespace(impl=Writer(ORDERS[name], corrupt)), cache
+    return SimpleNamespace(impl=Writer(*ORDERS[name][:2])), cache
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_keys_are_read_as_they_were_written(name: str) -> None:
+def test_what_was_written_is_read(name: str) -> None:
     layer, cache = fake(name)
     layout = probe(layer, cache)
-    assert layout.transposed == (name == "transposed")
-    keys = torch.randn(2 * BLOCK, HEADS, SIZE).to(cache.dtype)
+    assert layout.packing == ORDERS[name][2]
+    keys, values = torch.randn(2, 2 * BLOCK, HEADS, SIZE).to(cache.dtype)
     slots = torch.cat([torch.arange(2 * BLOCK, 3 * BLOCK), torch.arange(0, BLOCK)])
-    layer.impl.do_kv_cache_update(layer, keys, keys, cache, slots)
+    layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)
     key_cache, value_cache = split_cache(cache)
     table = torch.tensor([2, 0])
-    assert torch.equal(layout.read(key_cache[table]), keys.transpose(0, 1))
-    assert torch.equal(read_values(value_cache[table]), keys.transpose(0, 1))
+    assert torch.equal(layout.read_keys(key_cache[table]), keys.transpose(0, 1))
+    assert torch.equal(layout.read_values(value_cache[table]), values.transpose(0, 1))
 
 
-def test_a_cache_that_cannot_be_read_back_is_refused() -> None:
-    layer, cache = fake("plain", corrupt=True)
-    with pytest.raises(LayoutError, match="told apart"):
+@pytest.mark.parametrize(("half", "name"), [(0, "keys"), (1, "values")])
+def test_a_cache_that_cannot_be_read_back_is_refused(half: int, name: str) -> None:
+    layer, cache = fake("plain")
+    layer.impl.scales[half] = 0
+    with pytest.raises(LayoutError, match=f"{name} .* told apart"):
         probe(layer, cache)
 
 
@@ -72,7 +82,9 @@ def test_a_cache_that_cannot_be_read_back_is_refused() -> None:
 def test_the_stock_writer_can_be_read(dtype: torch.dtype, block_size: int) -> None:
     layer = make_layer(dtype, block_size)
     layout = probe(layer, layer.kv_cache)
-    keys = torch.randn(block_size, layer.impl.num_kv_heads, HEAD).to(dtype)
-    layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, torch.arange(block_size))
-    key_cache, _ = split_cache(layer.kv_cache)
-    assert torch.equal(layout.read(key_cache[:1]), keys.transpose(0, 1))
+    assert layout.packing == (PAIRS if layer.isa == "amx" else ROWS)
+    keys, values = torch.randn(2, block_size, layer.impl.num_kv_heads, HEAD).to(dtype)
+    layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, torch.arange(block_size))
+    key_cache, value_cache = split_cache(layer.kv_cache)
+    assert torch.equal(layout.read_keys(key_cache[:1]), keys.transpose(0, 1))
+    assert torch.equal(layout.read_values(value_cache[:1]), values.transpose(0, 1))

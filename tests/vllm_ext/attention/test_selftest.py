@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,26 +13,34 @@ import torch
 
 from tests.vllm_ext.attention.cpu_layer import make_layer
 from vllm_ext.attention import cpu
-from vllm_ext.attention.cpu_kernel import attend
-from vllm_ext.attention.layout import KeyLayout, probe
+from vllm_ext.attention.cpu import Kernel
+from vllm_ext.attention.layout import CacheLayout, probe
 from vllm_ext.attention.selftest import seconds_per_call, self_test
+from vllm_ext.attention.setup import _KERNELS
 
-KERNELS = pytest.mark.parametrize("kernel", [None, attend], ids=["torch", "compiled"])
+COMPILED = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def kernel_of(dtype: torch.dtype) -> Kernel:
+    """The compiled kernel that set-up takes for a dtype on this machine."""
+    packing = ready_layer(dtype).impl.layout.packing
+    kernel: Kernel = importlib.import_module(_KERNELS[packing, dtype]).tree_attention
+    return kernel
 
 
 def ready_layer(
     dtype: torch.dtype,
     block_size: int = 32,
     window: int | None = None,
-    kernel: Callable[..., None] | None = None,
+    kernel: Kernel | None = None,
 ) -> Any:
     layer = make_layer(dtype, block_size, window)
-    layer.impl.key_layout = probe(layer, layer.kv_cache)
+    layer.impl.layout = probe(layer, layer.kv_cache)
     layer.impl.kernel = kernel
     return layer
 
 
-@KERNELS
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [32, 128])
 @pytest.mark.parametrize("window", [None, 40])
@@ -40,41 +48,47 @@ def test_passes(
     dtype: torch.dtype,
     block_size: int,
     window: int | None,
-    kernel: Callable[..., None] | None,
+    compiled: bool,
 ) -> None:
+    kernel = kernel_of(dtype) if compiled else None
     assert self_test(ready_layer(dtype, block_size, window, kernel), dtype) is None
 
 
-def test_catches_a_wrong_layout() -> None:
-    layer = ready_layer(torch.float32)
-    true = layer.impl.key_layout
-    layer.impl.key_layout = KeyLayout(
-        true.block_size, true.head_size, torch.arange(len(true.order))
-    )
-    assert "stock kernel" in str(self_test(layer, torch.float32))
+@pytest.mark.parametrize("half", ["keys", "values"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_catches_a_wrong_layout(dtype: torch.dtype, half: str) -> None:
+    layer = ready_layer(dtype)
+    true = layer.impl.layout
+    orders = {"keys": true.keys, "values": true.values}
+    orders[half] = orders[half].roll(1)
+    layer.impl.layout = CacheLayout(true.block_size, true.head_size, **orders)
+    assert "stock kernel" in str(self_test(layer, dtype))
 
 
-def test_catches_a_compiled_kernel_that_reads_another_layout() -> None:
-    def plain_keys(query: Any, cache: Any, *rest: Any) -> None:
-        stored = cache[:, :, 0].reshape(*cache.shape[:2], query.shape[2], -1)
-        wrong = cache.copy()
-        wrong[:, :, 0] = stored.swapaxes(2, 3).reshape(wrong[:, :, 0].shape)
-        attend(query, wrong, *rest)
+@COMPILED
+def test_catches_a_compiled_kernel_that_reads_another_layout(dtype: torch.dtype) -> None:
+    right = kernel_of(dtype)
 
-    layer = ready_layer(torch.float32, kernel=plain_keys)
-    assert "stock kernel" in str(self_test(layer, torch.float32))
+    def one_slot_on(query: Any, cache: Any, *rest: Any) -> None:
+        right(query, cache.flatten().roll(1).view(cache.shape), *rest)
+
+    layer = ready_layer(dtype, kernel=one_slot_on)
+    assert "stock kernel" in str(self_test(layer, dtype))
 
 
-def test_catches_a_compiled_kernel_with_one_wrong_mask_bit() -> None:
-    def one_bit(query: Any, cache: Any, table: Any, base: int, visible: Any, *rest: Any) -> None:
-        wrong = visible.copy()
-        hidden = np.argwhere(~wrong & np.tril(np.ones_like(wrong)))
+@COMPILED
+def test_catches_a_compiled_kernel_with_one_wrong_mask_bit(dtype: torch.dtype) -> None:
+    right = kernel_of(dtype)
+
+    def one_bit(query: Any, cache: Any, table: Any, tree: Any, *rest: Any) -> None:
+        visible = tree.visible.copy()
+        hidden = np.argwhere(~visible & np.tril(np.ones_like(visible)))
         if len(hidden):
-            wrong[tuple(hidden[0])] = True
-        attend(query, cache, table, base, wrong, *rest)
+            visible[tuple(hidden[0])] = True
+        right(query, cache, table, replace(tree, visible=visible), *rest)
 
-    layer = ready_layer(torch.float32, kernel=one_bit)
-    assert "dense masked" in str(self_test(layer, torch.float32))
+    layer = ready_layer(dtype, kernel=one_bit)
+    assert "dense masked" in str(self_test(layer, dtype))
 
 
 def test_time_per_call() -> None:

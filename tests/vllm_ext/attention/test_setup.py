@@ -22,7 +22,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> Any:
 
 
 def test_the_compiled_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is cpu_kernel.attend
+    assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is cpu_kernel.tree_attention
 
 
 def test_torch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,11 +31,11 @@ def test_torch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_where_the_compiled_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any) -> None:
-        cpu_kernel_attend(*args)
-        args[-1][-1] += 0.1
+        true(*args)
+        args[-1][-1] += 0.1  # the output's last row
 
-    cpu_kernel_attend = cpu_kernel.attend
-    monkeypatch.setattr(cpu_kernel, "attend", wrong)
+    true = cpu_kernel.tree_attention
+    monkeypatch.setattr(cpu_kernel, "tree_attention", wrong)
     assert set_up(monkeypatch, [2.0, 1.0]).impl.kernel is None
 
 
@@ -50,4 +50,4 @@ def test_layers_of_a_kind_share_the_verdict(monkeypatch: pytest.MonkeyPatch) -> 
     layers = [make_layer(torch.float32, 32) for _ in range(2)]
     for layer in layers:
         assert setup._set_up_layer(layer, tested) is None
-    assert all(layer.impl.kernel is cpu_kernel.attend for layer in layers)
+    assert all(layer.impl.kernel is cpu_kernel.tree_attention for layer in layers)

@@ -55,7 +55,7 @@ def test_the_terms_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_real_layer_can_be_timed() -> None:
     layer = make_layer(torch.float32, 32, None)
-    layer.impl.key_layout = probe(layer, layer.kv_cache)
+    layer.impl.layout = probe(layer, layer.kv_cache)
     cost = time_attention(runner([layer], max_model_len=300))
     assert 0.0 < cost.context + cost.drafted < math.inf
 

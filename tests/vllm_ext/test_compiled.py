@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numerical pieces of the compiled kernels against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ext.compiled import LOWEST, bits_of, exp, exponentiate, number_of
+
+
+def test_exp_to_two_units_in_the_last_place() -> None:
+    arguments = np.concatenate([np.linspace(-87, 0, 20001), -(10.0 ** np.arange(-30.0, 0))])
+    for x in arguments.astype(np.float32):
+        expected = np.exp(np.float64(x))
+        assert abs(exp(x) - expected) <= 2 * np.spacing(np.float32(expected)), x
+
+
+def test_exp_of_what_is_too_small_is_zero() -> None:
+    assert exp(np.float32(LOWEST - 1)) == 0.0
+    assert exp(np.float32(-1e30)) == 0.0
+
+
+def test_exponentiate() -> None:
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    expected = np.exp(values.astype(np.float64) - 5.0)
+    total = exponentiate(values, np.float32(5.0))
+    np.testing.assert_allclose(values, expected, rtol=3e-7)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+
+
+def test_bits_there_and_back() -> None:
+    for x in np.float32([0.0, 1.0, -2.5, 1e-30, 3e38]):
+        assert _there_and_back(x) == x
+    assert _bits(np.float32(1.0)) == 0x3F800000
+
+
+def _compiled():  # type: ignore[no-untyped-def]
+    import numba
+
+    @numba.njit
+    def there_and_back(x):  # type: ignore[no-untyped-def]
+        return number_of(np.int32(bits_of(x)))
+
+    @numba.njit
+    def bits(x):  # type: ignore[no-untyped-def]
+        return bits_of(x)
+
+    return there_and_back, bits
+
+
+_there_and_back, _bits = _compiled()
