@@ -20,6 +20,8 @@ ZERO = np.float32(0.0)
 LOWEST = np.float32(-87.0)
 """Below it the result is no normal number; `exp` gives zero."""
 
+_LEAST = np.int32(-(2**31))
+
 # exp(x) = 2^k exp(r), |r| <= ln(2) / 2; ln(2) in two parts; the polynomial is that of Cephes' expf.
 _LOG2_E = np.float32(1.44269504088896341)
 _HALF = np.float32(0.5)
@@ -101,6 +103,26 @@ def number_of(typing: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), code
+
+
+@compiled
+def highest_of(values: Any, start: int, n: int) -> Any:
+    """The largest of ``n`` float32 from ``start`` on.
+
+    As integers in the same order: LLVM vectorises their maximum, and not that of floats.
+    """
+    wide_vectors()
+    first = np.uintp(start)
+    top = _LEAST
+    for j in range(np.uintp(n)):
+        top = max(top, _ordered(np.int32(bits_of(values[first + j]))))
+    return number_of(_ordered(top))
+
+
+@compiled
+def _ordered(bits: Any) -> Any:
+    """Bits of a float32 to an integer that is larger where the number is, and back (int32)."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ext.compiled import LOWEST, bits_of, exp, exponentiate, number_of
+from vllm_ext.compiled import LOWEST, bits_of, exp, exponentiate, highest_of, number_of
 
 
 def test_exp() -> None:
@@ -25,6 +25,16 @@ def test_exponentiate() -> None:
     total = exponentiate(values, np.float32(5.0))
     np.testing.assert_allclose(values, expected, rtol=1e-6)  # the difference is rounded
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+
+
+def test_highest() -> None:
+    values = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    for start, n in [(0, 300), (3, 64), (10, 1)]:
+        assert highest_of(values, start, n) == values[start : start + n].max()
+    negative = -np.abs(values)
+    negative[7] = -np.inf
+    assert highest_of(negative, 0, 300) == negative.max()
+    assert highest_of(negative, 7, 1) == -np.inf
 
 
 def test_bits_there_and_back() -> None:

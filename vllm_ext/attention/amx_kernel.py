@@ -19,7 +19,7 @@ import torch
 
 from vllm_ext import amx
 from vllm_ext.attention.cpu_kernel import MASKED, TILE, hide
-from vllm_ext.compiled import ONE, ZERO, bits_of, compiled, exp, wide_vectors
+from vllm_ext.compiled import ONE, ZERO, bits_of, compiled, exp, highest_of, wide_vectors
 from vllm_ext.worker.step import TreeRows
 
 if not amx.supported():
@@ -33,6 +33,10 @@ _BYTES = amx.ROW_BYTES
 _TILE_BYTES = amx.ROWS * amx.ROW_BYTES
 _SCORE_BYTES = 4 * TILE
 _WEIGHT_BYTES = 2 * TILE
+_SLACK = np.float32(8.0)
+"""How far scores may exceed the maximum that weights are relative to.  Any maximum gives the same
+softmax; one that is seldom raised spares rescaling, and the wait for the scores' own maximum.
+"""
 
 
 @compiled
@@ -40,17 +44,6 @@ def _round(number: Any) -> Any:
     """The bits of the bfloat16 nearest to a float32."""
     bits = bits_of(number)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16)
-
-
-@compiled
-def _highest(scores: Any, start: int) -> Any:
-    """The largest of the ``TILE`` scores from ``start`` on."""
-    wide_vectors()
-    first = np.uintp(start)
-    top = scores[first]
-    for j in range(np.uintp(TILE)):
-        top = max(top, scores[first + j])
-    return top
 
 
 @compiled
@@ -64,7 +57,7 @@ def _soften(weights: Any, scores: Any, start: int, scale: Any, top: Any) -> Any:
         scores: float32 [...], read from there.
         start: of the row.
         scale: float32.
-        top: float32, the largest scaled score so far.
+        top: float32, no more than `_SLACK` below the largest scaled score.
     """
     wide_vectors()
     first = np.uintp(start)
@@ -217,6 +210,12 @@ def attend(
     padded = np.zeros((head_size // 16, 16, 16, 2), np.uint16)
     key_at, value_at, pitches = np.zeros(4, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64)
 
+    # Addresses once: a slice of an array is counted, atomically, wherever it is made.
+    queries_at, sums_at = queries.ctypes.data, sums.ctypes.data
+    scores_at, weights_at = scores.ctypes.data, weights.ctypes.data
+    padded_at, cache_at = padded.ctypes.data, cache.ctypes.data
+    half_bytes = 2 * cache.shape[3]
+
     configure(configuration.ctypes.data)
     for head in range(kv_heads):
         for m in range(count):
@@ -229,42 +228,38 @@ def attend(
             groups, halves = (n + 15) // 16, (n + 31) // 32
             for i in range(groups):
                 slot = start + 16 * i
-                keys = cache[table[slot // block_size], head, 0]
-                key_at[i] = keys.ctypes.data + slot % block_size * head_size * 2
+                half = 2 * (table[slot // block_size] * kv_heads + head)
+                key_at[i] = cache_at + half * half_bytes + slot % block_size * head_size * 2
             for i in range(halves):
                 slot = start + 32 * i
-                values = cache[table[slot // block_size], head, 1]
-                offset = slot % block_size * 16
+                block, offset = table[slot // block_size], slot % block_size * 16
                 if n - 32 * i >= 32:
-                    value_at[i] = values.ctypes.data + 2 * offset
+                    half = 2 * (block * kv_heads + head) + 1
+                    value_at[i] = cache_at + half * half_bytes + 2 * offset
                     pitches[i] = block_size * 32
                 else:
+                    values = cache[block, head, 1]
                     _pad(padded, values, offset, block_size * 16, head_size, n - 32 * i)
-                    value_at[i] = padded.ctypes.data
+                    value_at[i] = padded_at
                     pitches[i] = _TILE_BYTES
             for strip in range(0, count, _STRIP):
-                _scores(scores.ctypes.data, queries[strip].ctypes.data, head_size, key_at, groups)
+                query_at = queries_at + strip * head_size * 2
+                _scores(scores_at, query_at, head_size, key_at, groups)
                 for m in range(strip, min(strip + _STRIP, count)):
                     row = (m - strip) * TILE
                     if start + n > base or window >= 0:
                         mine = scores[row : row + TILE]
                         hide(mine, first + m // group, base, visible, depths, window, start, n)
                         mine[n:] = MASKED
-                    top = max(highest[m], _highest(scores, row) * scale)
-                    if top != highest[m]:
-                        shrink = np.float32(math.exp(highest[m] - top))
+                    peak = highest_of(scores, row, TILE) * scale
+                    if peak > highest[m] + _SLACK:
+                        shrink = np.float32(math.exp(highest[m] - peak))
                         weight[m] *= shrink
                         sums[m] *= shrink
-                        highest[m] = top
-                    weight[m] += _soften(weights, scores, row, scale, top)
-                _add_values(
-                    sums[strip].ctypes.data,
-                    head_size,
-                    weights.ctypes.data,
-                    value_at,
-                    pitches,
-                    halves,
-                )
+                        highest[m] = peak
+                    weight[m] += _soften(weights, scores, row, scale, highest[m])
+                sum_at = sums_at + strip * head_size * 4
+                _add_values(sum_at, head_size, weights_at, value_at, pitches, halves)
         for m in range(count):
             scaling = ONE / weight[m]
             for d in range(head_size):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate, wide_vectors
+from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate, highest_of, wide_vectors
 from vllm_ext.worker.step import TreeRows
 
 TILE = 64
@@ -162,9 +162,7 @@ def attend(
                 if m < count and (start + n > base or window >= 0):
                     hide(mine, first + m // group, base, visible, depths, window, start, n)
                 mine[n:] = MASKED
-                top = highest[m]
-                for j in range(TILE):
-                    top = max(top, mine[j])
+                top = max(highest[m], highest_of(mine, 0, TILE))
                 if top != highest[m]:
                     shrink = np.float32(math.exp(highest[m] - top))
                     weight[m] *= shrink

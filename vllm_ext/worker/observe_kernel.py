@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ext.compiled import LOWEST, ZERO, compiled, copy_bits, exponentiate
+from vllm_ext.compiled import LOWEST, ZERO, compiled, copy_bits, exponentiate, highest_of
 
 CHUNK = 64
 _NOTHING = np.float32(-np.inf)  # a grammar's mask
@@ -41,10 +41,7 @@ def top_rows(logits: Any, stride: int, ids: Any, probs: Any) -> None:
             n = min(CHUNK, vocab - c * CHUNK)
             chunk[:] = _NOTHING
             copy_bits(bits, 0, 0, line, c * CHUNK, 0, 1, n)
-            peak = chunk[0]
-            for j in range(CHUNK):
-                peak = max(peak, chunk[j])
-            peaks[c] = peak
+            peaks[c] = highest_of(chunk, 0, CHUNK)
         # The k best tokens lie in the k chunks with the highest peaks.
         found = 0
         for _ in range(min(k, chunks)):
