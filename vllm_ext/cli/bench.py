@@ -90,6 +90,14 @@ def command(
     batch: Annotated[
         str, typer.Option(help="Comma-separated batch sizes: requests sent at once (concurrency).")
     ] = "1",
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Give every batch size prompts of its own, an equal share of all; otherwise "
+            "drafters that learn have seen them at the size before.",
+        ),
+    ] = False,
     max_tokens: options.MaxTokens = 128,
     repeat: Annotated[
         int,
@@ -121,7 +129,7 @@ def command(
         settings = Settings(
             model=model,
             arms=_with_baseline(parse_arms(arms, arm_config or (), draft)),
-            plan=Plan(options.parse_batches(batch), repeat, max_tokens, temperature),
+            plan=Plan(options.parse_batches(batch), repeat, max_tokens, temperature, fresh),
             dtype=dtype,
             max_model_len=max_model_len,
             eager=eager,
@@ -228,6 +236,7 @@ def _describe(
         "max_tokens": settings.plan.max_tokens,
         "rounds": settings.plan.rounds,
         "batches": list(settings.plan.batches),
+        "fresh_prompts": settings.plan.fresh,
         "prompts": len(prompts),
         "prompts_too_long": num_rows - len(prompts),
         "datasets": dict(Counter(prompt.dataset for prompt in prompts)),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_ext.cli.engine_types import GenerateResult
-from vllm_ext.cli.prompts import EncodedPrompt
+from vllm_ext.cli.prompts import EncodedPrompt, PromptFileError
 
 WARM_UP_TEXT = "Name the days of the week, one per line, and say what people like about each."
 WARM_UP_TOKENS = 32
@@ -30,12 +30,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: every group of each batch size, `rounds` times, on every arm."""
+    """What is run: every group of each batch size, `rounds` times, on every arm.
+
+    `fresh`: every batch size has prompts of its own, so that none is known to a drafter that has
+    learnt from the other sizes.
+    """
 
     batches: Sequence[int]
     rounds: int
     max_tokens: int
     temperature: float
+    fresh: bool = False
 
     def params(self, prompt: EncodedPrompt, round_index: int) -> dict[str, Any]:
         """Sampling parameters of a request: the same on every arm, another seed per round."""
@@ -74,9 +79,28 @@ def groups_of(prompts: Sequence[EncodedPrompt], batch: int) -> list[Sequence[Enc
     return groups
 
 
+def prompts_of(
+    prompts: Sequence[EncodedPrompt], plan: Plan
+) -> Iterator[tuple[int, list[Sequence[EncodedPrompt]]]]:
+    """Each batch size with its groups of prompts.
+
+    Raises:
+        PromptFileError: a batch size would have no whole group of fresh prompts.
+    """
+    shares = len(plan.batches) if plan.fresh else 1
+    if len(prompts) // shares < max(plan.batches) and shares > 1:
+        raise PromptFileError(
+            f"--fresh: {len(prompts)} prompts among {shares} batch sizes are fewer than "
+            f"{max(plan.batches)} for each; give more prompts or smaller batches"
+        )
+    for index, batch in enumerate(plan.batches):
+        # Every n-th prompt: files are sorted by task.
+        yield batch, groups_of(prompts[index % shares :: shares], batch)
+
+
 def count_measurements(prompts: Sequence[EncodedPrompt], plan: Plan, num_arms: int) -> int:
     """How many measurements `run` will yield."""
-    return sum(len(groups_of(prompts, b)) for b in plan.batches) * plan.rounds * num_arms
+    return sum(len(groups) for _, groups in prompts_of(prompts, plan)) * plan.rounds * num_arms
 
 
 def run(
@@ -92,12 +116,12 @@ def run(
     told the arm whose turn it is.
     """
     names = list(engines)
-    for batch in plan.batches:
+    for batch, groups in prompts_of(prompts, plan):
         for engine in engines.values():
             params = {"max_tokens": WARM_UP_TOKENS, "temperature": 0.0}
             engine.generate([warm_up] * batch, [params] * batch)
         for round_index in range(plan.rounds):
-            for group_index, group in enumerate(groups_of(prompts, batch)):
+            for group_index, group in enumerate(groups):
                 first = (group_index + round_index) % len(names)
                 for name in names[first:] + names[:first]:
                     on_turn(name)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+import pytest
+
 from vllm_ext.cli.bench_run import Plan, count_measurements, groups_of, run
-from vllm_ext.cli.prompts import EncodedPrompt
+from vllm_ext.cli.prompts import EncodedPrompt, PromptFileError
 
 PROMPTS = [EncodedPrompt(i, "t", [i]) for i in range(5)]
 
@@ -28,6 +30,22 @@ def test_every_arm_gets_every_group_in_every_round_and_all_take_turns_going_firs
     assert set(firsts) == {"none", "a", "b"}
     for i in range(0, len(measured), 3):  # the three arms of a group come together
         assert len({(m.batch, m.round, m.group) for m in measured[i : i + 3]}) == 1
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_fresh_prompts_are_seen_at_one_batch_size_only(fresh: bool, FakeEngine: Any) -> None:
+    plan = Plan([1, 2], rounds=1, max_tokens=4, temperature=0.0, fresh=fresh)
+    measured = list(run({"none": FakeEngine()}, PROMPTS, [9], plan))
+    assert len(measured) == count_measurements(PROMPTS, plan, 1)
+    seen = {b: {p.index for m in measured if m.batch == b for p in m.prompts} for b in (1, 2)}
+    assert bool(seen[1] & seen[2]) != fresh
+    assert seen[1] == ({0, 2, 4} if fresh else {0, 1, 2, 3, 4})
+
+
+def test_too_few_fresh_prompts_are_refused() -> None:
+    plan = Plan([1, 4], rounds=1, max_tokens=4, temperature=0.0, fresh=True)
+    with pytest.raises(PromptFileError, match="5 prompts among 2 batch sizes"):
+        count_measurements(PROMPTS, plan, 1)
 
 
 def test_the_warm_up_is_not_measured_and_is_not_a_prompt(FakeEngine: Any) -> None:
