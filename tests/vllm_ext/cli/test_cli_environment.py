@@ -39,6 +39,11 @@ def test_bfloat16_only_where_it_is_fast(
     assert environment.fast_dtype() == expected
 
 
+def test_the_instruction_sets_that_matter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_cpuinfo", lambda field: "sse avx2 amx_bf16 avx512_vnni")
+    assert environment.describe()["cpu_features"] == ["avx2", "amx_bf16"]
+
+
 def test_seeded_requests_never_meet_a_chunked_prompt_on_a_cpu() -> None:
     common = {"model": "m", "dtype": "float32", "max_model_len": 8192, "eager": None}
     seeded = engines.llm_options(**common, cuda=False, seeded=True)  # type: ignore[arg-type]

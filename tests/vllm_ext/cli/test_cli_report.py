@@ -113,3 +113,9 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(file)])
     assert done.exit_code == 2
     assert "is not a result of" in " ".join(done.output.replace("│", " ").split())
+
+
+def test_instruction_sets_are_told_where_they_are_known(result: dict[str, Any]) -> None:
+    assert "2 cores of a processor, 8 GiB" in markdown(result)
+    result["environment"]["cpu_features"] = ["avx2", "amx_bf16"]
+    assert "2 cores of a processor (avx2, amx_bf16), 8 GiB" in markdown(result)
