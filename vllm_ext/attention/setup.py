@@ -5,8 +5,9 @@ Every attention layer must be one that tree attention covers, its cache layout i
 self-test compares tree attention with the stock kernel (on a chain) and with dense masked attention
 (on a tree). Whatever does not pass makes the engine draft chains, in one clear log line.
 
-There are two implementations: torch's operators, and a kernel that Numba compiles, which reads the
-context once but runs on one core. The second is used where it passes the same test and is faster.
+Torch's operators can do it anywhere. Kernels that Numba compiles, for vector units and for matrix
+tiles, read the context once but run on one core; the one that knows the cache's packing is used
+where it passes the same test and is faster.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from vllm_ext.attention.selftest import seconds_per_call, self_test
 
 logger = init_logger("vllm.vllm_ext")
 
+_TILES = "vllm_ext.attention.amx_kernel"
 _KERNELS = {
     (ROWS, torch.float32): "vllm_ext.attention.cpu_kernel",
     (ROWS, torch.bfloat16): "vllm_ext.attention.cpu_kernel",
-    (PAIRS, torch.bfloat16): "vllm_ext.attention.amx_kernel",
+    (PAIRS, torch.bfloat16): _TILES,
 }
 """Modules with a `Kernel` called ``tree_attention``, by packing and dtype of the cache."""
 
@@ -55,8 +57,11 @@ def set_up_tree_attention(runner: Any) -> str | None:
 def describe_tree_attention(runner: Any) -> str:
     """What computes tree rows, for the log line at start-up."""
     layers = runner.compilation_config.static_forward_context.values()
-    kernels = [getattr(layer.impl, "kernel", None) for layer in layers if hasattr(layer, "impl")]
-    return "compiled" if kernels and None not in kernels else "by torch"
+    kernels = {getattr(layer.impl, "kernel", None) for layer in layers if hasattr(layer, "impl")}
+    if not kernels or None in kernels:
+        return "by torch"
+    tiles = any(kernel.__module__ == _TILES for kernel in kernels)
+    return "compiled for matrix tiles" if tiles else "compiled"
 
 
 def _set_up_layer(layer: Any, tested: dict[tuple[Any, ...], Any]) -> str | None:

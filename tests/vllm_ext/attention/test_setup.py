@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,18 @@ def test_layers_of_a_kind_share_the_verdict(monkeypatch: pytest.MonkeyPatch) -> 
     for layer in layers:
         assert setup._set_up_layer(layer, tested) is None
     assert all(layer.impl.kernel is cpu_kernel.tree_attention for layer in layers)
+
+
+def test_what_computes_tree_rows_is_told() -> None:
+    def tiles(*args: Any) -> None: ...
+
+    tiles.__module__ = "vllm_ext.attention.amx_kernel"
+
+    def told(*kernels: Any) -> str:
+        layers = {i: SimpleNamespace(impl=SimpleNamespace(kernel=k)) for i, k in enumerate(kernels)}
+        config = SimpleNamespace(static_forward_context=layers)
+        return setup.describe_tree_attention(SimpleNamespace(compilation_config=config))
+
+    assert told(None) == told(None, cpu_kernel.tree_attention) == "by torch"
+    assert told(cpu_kernel.tree_attention) == "compiled"
+    assert told(tiles, tiles) == "compiled for matrix tiles"
