@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,10 @@ from vllm_ext.worker.walk import walk
 
 MODEL = ToyModel(12)
 CPU = torch.device("cpu")
+_OLDER: dict[str, Any] = {}
+"""What vLLM 0.31 asks of a batch beside what 0.32 does."""
+if "kernel_block_sizes" in inspect.signature(InputBatch.__init__).parameters:
+    _OLDER["kernel_block_sizes"] = [16]
 
 
 def config(**options: Any) -> Any:
@@ -90,6 +95,7 @@ class ToyV1:
             max_num_blocks_per_req=[8],
             logitsprocs=LogitsProcessors([self.processor]),
             logitsprocs_need_output_token_ids=True,
+            **_OLDER,
         )
         self.asynchronous = asynchronous
         self.requests: dict[str, CachedRequestState] = {}

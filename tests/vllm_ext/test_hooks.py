@@ -87,7 +87,7 @@ ANCHORS = [
     (f"{RUNNER}._determine_batch_execution_and_padding", "force_uniform_decode=force_uniform"),
     (
         "vllm.v1.worker.gpu_worker:Worker",
-        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1",
+        "GPUModelRunner as GPUModelRunnerV1",
     ),
     (f"{RUNNER}._build_attention_metadata", ".get_device_tensor(num_reqs_padded)"),
     # The walk on the device draws as the sampler does on a GPU: softmax over exponential noise, one
