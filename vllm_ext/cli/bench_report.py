@@ -75,14 +75,15 @@ def _entry(
 def _throughput(measurements: Collection[Measurement]) -> dict[str, Any]:
     """Speed and speculation counts.
 
-    A step of a request yields one token plus the accepted drafts, so that the steps are the tokens
-    less the accepted ones; each step computes one row plus one per drafted token.
+    Each step of a request computes one row plus one per drafted token. Steps are counted, not
+    taken for the tokens less the accepted ones: those that lie beyond an answer's end were accepted
+    and are not among its tokens.
     """
     results = [m.result for m in measurements]
     tokens = sum(r.num_tokens for r in results)
     drafted = sum(r.draft_tokens for r in results)
     accepted = sum(r.accepted_tokens for r in results)
-    steps = tokens - accepted
+    steps = sum(r.request_steps for r in results)
     return {
         "tokens": tokens,
         "steps": steps,

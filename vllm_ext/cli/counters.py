@@ -13,14 +13,21 @@ _DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 _ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 _DRAFTING = "vllm_ext:drafting_seconds_total"
 _STEPS = "vllm_ext:steps_total"
+_OUTPUTS = ("vllm:time_to_first_token_seconds_count", "vllm:inter_token_latency_seconds_count")
+"""vLLM times every output of a request, which holds the tokens of one step: the first, the rest."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Totals since the engine started; the last two are ours: None where this plugin is off."""
+    """Totals since the engine started.
+
+    `request_steps` are the steps that gave a request tokens, summed over requests. The last two are
+    ours: None where this plugin is off.
+    """
 
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    request_steps: int = 0
     drafting_s: float | None = None
     engine_steps: int | None = None
 
@@ -34,6 +41,7 @@ class Counters:
         return cls(
             draft_tokens=int(totals.get(_DRAFTED, 0)),
             accepted_tokens=int(totals.get(_ACCEPTED, 0)),
+            request_steps=int(sum(totals.get(name, 0) for name in _OUTPUTS)),
             drafting_s=totals.get(_DRAFTING),
             engine_steps=int(totals[_STEPS]) if _STEPS in totals else None,
         )
@@ -47,6 +55,7 @@ class Counters:
         return Counters(
             self.draft_tokens - before.draft_tokens,
             self.accepted_tokens - before.accepted_tokens,
+            self.request_steps - before.request_steps,
             None if self.drafting_s is None else self.drafting_s - (before.drafting_s or 0.0),
             None if self.engine_steps is None else self.engine_steps - (before.engine_steps or 0),
         )
@@ -58,6 +67,7 @@ class Counters:
             wall_s=wall_s,
             draft_tokens=self.draft_tokens,
             accepted_tokens=self.accepted_tokens,
+            request_steps=self.request_steps,
             drafting_s=self.drafting_s,
             engine_steps=self.engine_steps,
         )

@@ -48,13 +48,16 @@ class RequestResult:
 class GenerateResult:
     """One call for a batch of requests: their answers, wall time and speculative counters.
 
-    `drafting_s` and `engine_steps` are this plugin's own counts: None where it is off.
+    `accepted_tokens` may contain tokens beyond the end of an answer, which vLLM counts and drops;
+    `request_steps` are the steps that gave a request tokens, summed over requests. `drafting_s` and
+    `engine_steps` are this plugin's own counts: None where it is off.
     """
 
     requests: list[RequestResult]
     wall_s: float
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    request_steps: int = 0
     drafting_s: float | None = None
     engine_steps: int | None = None
 

@@ -65,6 +65,7 @@ class FakeEngine:
             wall,
             self.drafted,
             self.accepted,
+            request_steps=tokens - self.accepted,
             drafting_s=None if share is None else share * wall,
             engine_steps=None if share is None else tokens - self.accepted,
         )

@@ -24,8 +24,13 @@ vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {0}
 vllm_ext:drafting_seconds_total {1}
 # TYPE vllm_ext:steps counter
 vllm_ext:steps_total {0}
+# TYPE vllm:inter_token_latency_seconds histogram
+vllm:inter_token_latency_seconds_bucket{{le="+Inf"}} {2}
+vllm:inter_token_latency_seconds_count {2}
+vllm:inter_token_latency_seconds_sum {2}
 """
 served = 0
+chunks = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -33,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         ready = sys.argv[2] != "slow"
-        self.answer(200 if ready else 503, METRICS.format(served, served * 0.25))
+        self.answer(200 if ready else 503, METRICS.format(served, served * 0.25, chunks))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -48,11 +53,12 @@ class Handler(BaseHTTPRequestHandler):
             self.stream(body)
 
     def stream(self, body: dict[str, Any]) -> None:
-        global served
+        global served, chunks
         self.answer(200, "", "text/event-stream")
         ids = body["prompt"]
         for start in range(0, len(ids), 2):
             time.sleep(0.05)
+            chunks += 1
             last = start + 2 >= len(ids)
             choice = {
                 "index": 0,

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from vllm_ext.cli.bench_report import overview_table, plot, summarise, task_table
-from vllm_ext.cli.bench_run import Plan, run
+from vllm_ext.cli.bench_run import Measurement, Plan, run
+from vllm_ext.cli.engine_types import GenerateResult
 from vllm_ext.cli.prompts import EncodedPrompt
 
 PROMPTS = [EncodedPrompt(i, "even" if i % 2 == 0 else "odd", [i]) for i in range(4)]
@@ -113,3 +114,16 @@ def test_plot_writes_an_image(arms: dict[str, list[dict[str, Any]]], tmp_path: P
     pytest.importorskip("matplotlib")
     plot(arms, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accepted_tokens_beyond_the_end_of_an_answer_are_no_steps_saved(
+    request_of: Any,
+) -> None:
+    # Two tokens in two steps; the second step accepted five drafts, four of them beyond the end.
+    result = GenerateResult(
+        [request_of([1, 2])], 0.1, draft_tokens=8, accepted_tokens=5, request_steps=2
+    )
+    prompts = [EncodedPrompt(0, "task", [1])]
+    measured = [Measurement(name, 1, 0, 0, prompts, result) for name in ("none", "fast")]
+    entry = summarise(measured)["fast"][0]
+    assert (entry["tokens_per_step"], entry["rows_per_step"]) == (1.0, 5.0)

@@ -122,6 +122,7 @@ def test_streams_are_read_side_by_side_with_times_and_counts() -> None:
         assert short.decode_s == 0.0
         assert result.wall_s >= 0.15
         assert (result.draft_tokens, result.accepted_tokens) == (2, 2)
+        assert result.request_steps == 4  # chunks of two tokens
         assert (result.drafting_s, result.engine_steps) == (0.5, 2)
         assert engine.generate([[5]], [{}]).draft_tokens == 1
 
