@@ -80,6 +80,7 @@ class MutantWorker(TreeCPUWorker):
         ]
         for impl in impls:
             impl.layout = impl.__dict__.setdefault("_true_layout", impl.layout)
+            impl.kernel = impl.__dict__.setdefault("_true_kernel", impl.kernel)
 
         if name == "ancestor-mask":
             step_module.TreeRows.build = classmethod(_see_all)  # type: ignore[assignment]
@@ -100,6 +101,7 @@ class MutantWorker(TreeCPUWorker):
                 true = impl.layout
                 plain = torch.arange(len(true.keys))
                 impl.layout = CacheLayout(true.block_size, true.head_size, plain, true.values)
+                impl.kernel = None  # a compiled one knows its packing and asks no layout
         elif name != "none":
             raise ValueError(name)
         return [
