@@ -3,7 +3,7 @@
 
 A tile register holds 16 rows of 64 bytes. `multiply` adds to a tile of 16 x 16 float32 the product
 of a tile of 16 x 32 bfloat16 and one of 32 x 16, in which two rows lie interleaved as pairs:
-instruction TDPBF16PS of Intel's Architecture Instruction Set Extensions reference, chapter 3.
+instruction TDPBF16PS of Intel's Software Developer's Manual.
 
 Import it lazily, and call `supported` before anything else is run: without the operating system's
 permission, which torch asks for, the first tile instruction kills the process.

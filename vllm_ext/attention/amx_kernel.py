@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vllm_ext import amx
-from vllm_ext.attention.cpu_kernel import MASKED, TILE, hide
+from vllm_ext.attention.cpu_kernel import MASKED, TILE, first_slot, hide, tree_arguments
 from vllm_ext.compiled import ONE, ZERO, bits_of, compiled, exp, highest_of, wide_vectors
 from vllm_ext.worker.step import TreeRows
 
@@ -48,9 +48,7 @@ def _round(number: Any) -> Any:
 
 @compiled
 def _soften(weights: Any, scores: Any, start: int, scale: Any, top: Any) -> Any:
-    """Softmax weights ``exp(scale * score - top)`` of ``TILE`` scores, rounded; their sum.
-
-    The sum is that of the weights before rounding, as in vLLM's kernel.
+    """Softmax weights ``exp(scale * score - top)`` of ``TILE`` scores, rounded; their sum before.
 
     Args:
         weights: uint16 [...], bits of bfloat16, written from ``start`` on.
@@ -197,9 +195,7 @@ def attend(
     strips = (count + _STRIP - 1) // _STRIP
     block_size = cache.shape[3] // head_size
     total = base + visible.shape[0]
-    begin = 0
-    if window >= 0:
-        begin = max(0, (base + depths[first] - window + 1) // TILE * TILE)
+    begin = first_slot(base, depths[first], window)
 
     queries = np.zeros((strips * _STRIP, head_size), np.uint16)
     scores = np.empty(_STRIP * TILE, np.float32)
@@ -214,7 +210,8 @@ def attend(
     queries_at, sums_at = queries.ctypes.data, sums.ctypes.data
     scores_at, weights_at = scores.ctypes.data, weights.ctypes.data
     padded_at, cache_at = padded.ctypes.data, cache.ctypes.data
-    half_bytes = 2 * cache.shape[3]
+    # In bytes; the blocks of a cache may be parts of larger ones.
+    block_bytes, head_bytes, half_bytes, _ = cache.strides
 
     configure(configuration.ctypes.data)
     for head in range(kv_heads):
@@ -228,14 +225,14 @@ def attend(
             groups, halves = (n + 15) // 16, (n + 31) // 32
             for i in range(groups):
                 slot = start + 16 * i
-                half = 2 * (table[slot // block_size] * kv_heads + head)
-                key_at[i] = cache_at + half * half_bytes + slot % block_size * head_size * 2
+                keys_at = cache_at + table[slot // block_size] * block_bytes + head * head_bytes
+                key_at[i] = keys_at + slot % block_size * head_size * 2
             for i in range(halves):
                 slot = start + 32 * i
                 block, offset = table[slot // block_size], slot % block_size * 16
                 if n - 32 * i >= 32:
-                    half = 2 * (block * kv_heads + head) + 1
-                    value_at[i] = cache_at + half * half_bytes + 2 * offset
+                    values_at = cache_at + block * block_bytes + head * head_bytes + half_bytes
+                    value_at[i] = values_at + 2 * offset
                     pitches[i] = block_size * 32
                 else:
                     values = cache[block, head, 1]
@@ -281,12 +278,6 @@ def tree_attention(
         amx.CONFIGURATION,
         query.contiguous().view(torch.uint16).numpy(),
         cache.view(torch.uint16).view(*cache.shape[:2], 2, -1).numpy(),
-        table.numpy(),
-        tree.base,
-        tree.visible,
-        tree.depths,
-        tree.first,
-        window,
-        np.float32(scale),
+        *tree_arguments(table, tree, window, scale),
         out.view(torch.uint16).numpy(),
     )

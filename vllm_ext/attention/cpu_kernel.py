@@ -77,6 +77,12 @@ def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> N
 
 
 @compiled
+def first_slot(base: int, depth: int, window: int) -> int:
+    """Where the tiles begin that a tree's rows see, the first of which has this depth."""
+    return max(0, (base + depth - window + 1) // TILE * TILE) if window >= 0 else 0
+
+
+@compiled
 def hide(
     scores: Any, row: int, base: int, visible: Any, depths: Any, window: int, start: int, n: int
 ) -> None:
@@ -130,9 +136,7 @@ def attend(
     pairs = (count + 1) // 2
     chunks = (head_size + TILE - 1) // TILE
     total = base + visible.shape[0]
-    begin = 0
-    if window >= 0:
-        begin = max(0, (base + depths[first] - window + 1) // TILE * TILE)
+    begin = first_slot(base, depths[first], window)
 
     queries = np.zeros((pairs, 2 * head_size), np.float32)
     scores = np.empty((pairs, 2 * TILE), np.float32)
@@ -182,6 +186,14 @@ def attend(
                 out[m // group, head * group + m % group, d] = summed * scaling
 
 
+def tree_arguments(
+    table: torch.Tensor, tree: TreeRows, window: int, scale: float
+) -> tuple[Any, ...]:
+    """The arguments of a kernel from ``table`` to ``scale``; see `attend`."""
+    rows = tree.base, tree.visible, tree.depths, tree.first
+    return table.numpy(), *rows, window, np.float32(scale)
+
+
 def tree_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -197,13 +209,7 @@ def tree_attention(
     attend(
         query.float().contiguous().numpy(),
         cache.view(integers).view(*cache.shape[:2], 2, -1).numpy(),
-        table.numpy(),
-        tree.base,
-        tree.visible,
-        tree.depths,
-        tree.first,
-        window,
-        np.float32(scale),
+        *tree_arguments(table, tree, window, scale),
         exact.numpy(),
     )
     out.copy_(exact)

@@ -17,7 +17,7 @@ import typer
 
 from vllm_ext.cli import bench_report, engines, environment, options
 from vllm_ext.cli.arms import NONE, Arm, ArmError, parse_arms
-from vllm_ext.cli.bench_run import WARM_UP_TEXT, Plan, count_measurements, run
+from vllm_ext.cli.bench_run import WARM_UP_TEXT, Plan, count_measurements, require_enough, run
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineError
 from vllm_ext.cli.progress import progress
@@ -138,6 +138,7 @@ def command(
             server=server,
         )
         rows = load_datasets(prompts, limit, sample)
+        require_enough(len(rows), settings.plan)  # now, and not when the engines have started
     except (ArmError, PromptFileError) as error:
         raise typer.BadParameter(str(error)) from error
     engines.require_vllm()

@@ -79,20 +79,26 @@ def groups_of(prompts: Sequence[EncodedPrompt], batch: int) -> list[Sequence[Enc
     return groups
 
 
+def require_enough(num_prompts: int, plan: Plan) -> None:
+    """Refuse a plan whose batch sizes would not all have a whole group of fresh prompts.
+
+    Raises:
+        PromptFileError: saying how many there are and how many it takes.
+    """
+    shares, largest = len(plan.batches), max(plan.batches)
+    if plan.fresh and shares > 1 and num_prompts // shares < largest:
+        raise PromptFileError(
+            f"--fresh: {num_prompts} prompts among {shares} batch sizes are fewer than {largest} "
+            "for each; give more prompts or smaller batches"
+        )
+
+
 def prompts_of(
     prompts: Sequence[EncodedPrompt], plan: Plan
 ) -> Iterator[tuple[int, list[Sequence[EncodedPrompt]]]]:
-    """Each batch size with its groups of prompts.
-
-    Raises:
-        PromptFileError: a batch size would have no whole group of fresh prompts.
-    """
+    """Each batch size with its groups of prompts; raises as `require_enough`."""
+    require_enough(len(prompts), plan)
     shares = len(plan.batches) if plan.fresh else 1
-    if len(prompts) // shares < max(plan.batches) and shares > 1:
-        raise PromptFileError(
-            f"--fresh: {len(prompts)} prompts among {shares} batch sizes are fewer than "
-            f"{max(plan.batches)} for each; give more prompts or smaller batches"
-        )
     for index, batch in enumerate(plan.batches):
         # Every n-th prompt: files are sorted by task.
         yield batch, groups_of(prompts[index % shares :: shares], batch)

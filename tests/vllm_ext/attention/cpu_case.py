@@ -11,6 +11,16 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
+CHANGES: list[tuple[str, Any]] = [
+    ("visible", np.tri(13, dtype=np.bool_)),  # siblings are seen
+    ("depths", np.arange(13)),  # positions of a chain, which the window sees
+    ("base", 299),
+    ("first", 0),
+    ("window", -1),
+    ("scale", np.float32(0.12)),
+]
+"""Arguments that make another result of ``Case(base=300, nodes=12, window=2, first=1)``."""
+
 
 @dataclass
 class Case:
@@ -27,6 +37,7 @@ class Case:
     bfloat16: bool = False
     paired: bool = False  # packed for matrix tiles
     unwritten: float = 1e6
+    gap: int = 0  # heads of something else behind the heads of a block
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,9 +56,9 @@ class Case:
             self.depths[row] = self.depths[parent] + 1
         self.table = (1 + rng.permutation(blocks)).astype(np.int32)
         # Slots that hold no key of this request must not matter.
-        cache = np.full(
-            (blocks + 1, self.kv_heads, 2, self.block_size * self.size), self.unwritten, np.float32
-        )
+        heads = self.kv_heads + self.gap
+        shape_of_all = (blocks + 1, heads, 2, self.block_size * self.size)
+        cache = np.full(shape_of_all, self.unwritten, np.float32)
         key_places, value_places = self._places()
         for slot in range(total):
             block, offset = self.table[slot // self.block_size], slot % self.block_size
@@ -55,7 +66,9 @@ class Case:
                 cache[block, head, 0, key_places[offset]] = self.keys[slot, head]
                 cache[block, head, 1, value_places[offset]] = self.values[slot, head]
         bits: NDArray[Any] = cache.view(np.uint32)
-        self.cache = (bits >> 16).astype(np.uint16) if self.bfloat16 else bits
+        if self.bfloat16:
+            bits = (bits >> 16).astype(np.uint16)
+        self.cache = bits[:, : self.kv_heads]
 
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where a block has element (slot, dim) of a key and of a value."""

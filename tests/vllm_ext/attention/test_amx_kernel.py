@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.vllm_ext.attention.cpu_case import Case, Floats
+from tests.vllm_ext.attention.cpu_case import CHANGES, Case, Floats
 from vllm_ext import amx
 
 if not amx.supported():
@@ -51,6 +51,7 @@ CASES = {
     "narrow window": case(300, 12, window=2),
     "last rows": case(90, 9, first=6),
     "last rows, window": case(290, 9, first=6, window=20),
+    "blocks apart": case(300, 9, gap=3),
     "no groups": case(70, 5, heads=3, kv_heads=3),
     "one key head": case(70, 5, heads=5, kv_heads=1),
     "narrow head": case(70, 5, size=32),
@@ -91,17 +92,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert np.median(np.abs(found - request.dense())) < 1e-2
 
 
-@pytest.mark.parametrize(
-    ("changed", "value"),
-    [
-        ("visible", np.tri(13, dtype=np.bool_)),  # siblings are seen
-        ("depths", np.arange(13)),  # positions of a chain, which the window sees
-        ("base", 299),
-        ("first", 0),
-        ("window", -1),
-        ("scale", np.float32(0.12)),
-    ],
-)
+@pytest.mark.parametrize(("changed", "value"), CHANGES)
 def test_every_argument_matters(changed: str, value: Any) -> None:
     request = case(300, 12, window=2, first=1)
     assert_close(run(request), request)

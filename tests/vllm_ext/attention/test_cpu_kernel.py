@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.vllm_ext.attention.cpu_case import Case, Floats
+from tests.vllm_ext.attention.cpu_case import CHANGES, Case, Floats
 from vllm_ext.attention.cpu_kernel import TILE, attend
 
 
@@ -26,6 +26,7 @@ CASES = {
     "tile border": Case(base=TILE - 2, nodes=6),
     "long": Case(base=700, nodes=24, block_size=128),
     "many nodes": Case(base=130, nodes=127),
+    "blocks apart": Case(base=300, nodes=9, gap=3),
     "short blocks": Case(base=100, nodes=9, block_size=16),
     "no groups": Case(base=70, nodes=5, heads=3, kv_heads=3),
     "one key head": Case(base=70, nodes=5, heads=5, kv_heads=1),
@@ -72,17 +73,7 @@ def test_large_scores_do_not_overflow() -> None:
     np.testing.assert_allclose(run(case), case.dense(), atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("changed", "value"),
-    [
-        ("visible", np.tri(13, dtype=np.bool_)),  # siblings are seen
-        ("depths", np.arange(13)),  # positions of a chain, which the window sees
-        ("base", 299),
-        ("first", 0),
-        ("window", -1),
-        ("scale", np.float32(0.12)),
-    ],
-)
+@pytest.mark.parametrize(("changed", "value"), CHANGES)
 def test_every_argument_matters(changed: str, value: Any) -> None:
     case = Case(base=300, nodes=12, window=2, first=1)
     np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)

@@ -31,6 +31,7 @@ def test_every_command_has_help(command: str) -> None:
         (["bench", "--arm-config", "ngram"], "NAME=JSON"),
         (["bench", "--repeat", "0"], "repeat"),
         (["bench", "--limit", "1", "--sample", "1"], "not both"),
+        (["bench", "--fresh", "--batch", "1,4"], "fewer than 4"),
         (["verify", "--sampling", "nucleus"], "all"),
         (["verify", "--method", "none"], "different names"),
         (["verify", "--prompts", "/no/such/file"], "does not exist"),
