@@ -138,7 +138,7 @@ class _Recycling(ABC):
         return state[0], state[2], token
 
     def candidates(self, state: _Context) -> tuple[int, Candidates]:
-        """Bucket 1 if the context is in the table, else 0; and its successors."""
+        """Bucket 1 if the context has successors worth drafting, else 0; and these."""
         table, before, last = state
         found = table.successors(self._key(before, last))
         return (1 if found else 0), found

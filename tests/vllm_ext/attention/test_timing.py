@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,18 @@ def test_the_terms_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({id(layer) for layer in timed}) == 2  # one layer of each kind
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the engine's worker has no more threads than cores: two on one core wait for each other
+    longer than they compute, and nothing can be timed.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_real_layer_can_be_timed() -> None:
     layer = make_layer(torch.float32, 32, None)
     layer.impl.layout = probe(layer, layer.kv_cache)
