@@ -137,16 +137,20 @@ def exp(x: Any) -> Any:
 
 
 @compiled
-def exponentiate(values: Any, highest: Any) -> Any:
-    """Replace values by ``exp(value - highest)`` and return their sum.
+def exponentiate(values: Any, start: int, n: int, highest: Any) -> Any:
+    """Replace ``n`` values from ``start`` on by ``exp(value - highest)`` and return their sum.
 
     Args:
-        values: float32 [n], none above `highest`.
-        highest: float32.
+        values: float32 [...].
+        start: first of the values.
+        n: how many.
+        highest: float32, no less than any of them.
     """
     wide_vectors()
+    first = np.uintp(start)
     total = ZERO
-    for j in range(len(values)):
-        values[j] = exp(values[j] - highest)
-        total += values[j]
+    for j in range(np.uintp(n)):
+        power = exp(values[first + j] - highest)
+        values[first + j] = power
+        total += power
     return total

@@ -22,9 +22,12 @@ def test_exp_of_what_is_too_small_is_zero() -> None:
 def test_exponentiate() -> None:
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     expected = np.exp(values.astype(np.float64) - 5.0)
-    total = exponentiate(values, np.float32(5.0))
-    np.testing.assert_allclose(values, expected, rtol=1e-6)  # the difference is rounded
-    np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+    given = values.copy()
+    total = exponentiate(values, 7, 900, np.float32(5.0))
+    changed = slice(7, 907)
+    np.testing.assert_allclose(values[changed], expected[changed], rtol=1e-6)  # rounded difference
+    np.testing.assert_allclose(total, expected[changed].sum(), rtol=1e-6)
+    np.testing.assert_array_equal(np.delete(values, changed), np.delete(given, changed))
 
 
 def test_highest() -> None:

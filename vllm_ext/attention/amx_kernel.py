@@ -245,9 +245,8 @@ def attend(
                 for m in range(strip, min(strip + _STRIP, count)):
                     row = (m - strip) * TILE
                     if start + n > base or window >= 0:
-                        mine = scores[row : row + TILE]
-                        hide(mine, first + m // group, base, visible, depths, window, start, n)
-                        mine[n:] = MASKED
+                        node = first + m // group
+                        hide(scores, row, node, base, visible, depths, window, start, n)
                     peak = highest_of(scores, row, TILE) * scale
                     if peak > highest[m] + _SLACK:
                         shrink = np.float32(math.exp(highest[m] - peak))

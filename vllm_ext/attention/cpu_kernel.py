@@ -11,8 +11,7 @@ maximum and normaliser (the online softmax of FlashAttention, arXiv 2205.14135),
 in float32 whatever the dtype of the cache, as the stock kernel computes. Query heads that share a
 key head are rows of the same small matrix products.
 
-The loops have the shape that LLVM turns into full-width fused multiply-adds: constant trip counts,
-two rows at a time, and offsets into one array rather than several arrays that might overlap.
+Addresses are taken once: a slice of an array is counted, atomically, wherever it is made.
 """
 
 from __future__ import annotations
@@ -24,12 +23,18 @@ import numpy as np
 import torch
 
 from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate, highest_of, wide_vectors
+from vllm_ext.gemm import COLUMNS, ROWS, add_product
 from vllm_ext.worker.step import TreeRows
 
 TILE = 64
 """Slots per tile, and columns of a head per accumulator."""
 
 MASKED = np.float32(-1e30)
+
+_HEADROOM = np.float32(8.0)
+"""How far the maximum that weights are relative to is put above the scores that raise it.  Any
+maximum gives the same softmax; one seldom raised spares rescaling, and waiting for the scores'.
+"""
 
 
 @compiled
@@ -62,18 +67,12 @@ def _load(
 
 
 @compiled
-def _multiply_pair(out: Any, left: Any, pitch: int, inner: int, right: Any) -> None:
-    """``out [2, TILE] += left [2, pitch][:, :inner] @ right [inner, TILE]``; inner in fours."""
+def _multiply(sums: int, left: int, pitch: int, inner: int, right: int) -> None:
+    """``sums [ROWS, TILE] += left [ROWS, :inner] @ right [inner, TILE]``, given by addresses."""
     wide_vectors()
-    for i in range(0, inner, 4):
-        a0, a1, a2, a3 = left[i], left[i + 1], left[i + 2], left[i + 3]
-        k = pitch + i
-        b0, b1, b2, b3 = left[k], left[k + 1], left[k + 2], left[k + 3]
-        rows = right[i * TILE : i * TILE + 4 * TILE]
-        for j in range(TILE):
-            r0, r1, r2, r3 = rows[j], rows[TILE + j], rows[2 * TILE + j], rows[3 * TILE + j]
-            out[j] = out[j] + a0 * r0 + a1 * r1 + a2 * r2 + a3 * r3
-            out[TILE + j] = out[TILE + j] + b0 * r0 + b1 * r1 + b2 * r2 + b3 * r3
+    for column in range(0, TILE, COLUMNS):
+        at = 4 * column
+        add_product(sums + at, 4 * TILE, left, 4 * pitch, inner, right + at)
 
 
 @compiled
@@ -84,19 +83,44 @@ def first_slot(base: int, depth: int, window: int) -> int:
 
 @compiled
 def hide(
-    scores: Any, row: int, base: int, visible: Any, depths: Any, window: int, start: int, n: int
+    scores: Any,
+    at: int,
+    row: int,
+    base: int,
+    visible: Any,
+    depths: Any,
+    window: int,
+    start: int,
+    n: int,
 ) -> None:
-    """Hide from a tree row what it must not see of the ``n`` slots from ``start`` on."""
-    for j in range(max(0, base - start), n):
-        if not visible[row, start + j - base]:
-            scores[j] = MASKED
+    """Hide from a tree row what it must not see of a tile.
+
+    Args:
+        scores: float32 [...], of which ``TILE`` from ``at`` on belong to the row.
+        at: see there.
+        row: of the tree.
+        base: as in `attend`, as are visible, depths and window.
+        visible: see there.
+        depths: see there.
+        window: see there.
+        start: first slot of the tile.
+        n: slots of the tile; of what is behind them nothing is seen.
+    """
+    # Unsigned, or Numba provides for negative indices and LLVM cannot vectorise.
+    first, skip = np.uintp(at), np.uintp(max(0, base - start))
+    seen, node = visible[row], np.uintp(max(0, start - base))
+    for j in range(np.uintp(max(0, n - max(0, base - start)))):
+        place = first + skip + j
+        scores[place] = scores[place] if seen[node + j] else MASKED
     if window >= 0:  # in positions; slots of a tree are not its positions
         edge = base + depths[row] - window
         for j in range(n):
             slot = start + j
             position = slot if slot < base else base + depths[slot - base]
             if position <= edge:
-                scores[j] = MASKED
+                scores[at + j] = MASKED
+    for j in range(n, TILE):
+        scores[at + j] = MASKED
 
 
 @compiled
@@ -115,7 +139,7 @@ def attend(
     """Masked attention of one tree.
 
     Args:
-        query: float32 [rows, heads, head_size]; head_size in fours.
+        query: float32 [rows, heads, head_size].
         cache: [blocks, kv_heads, 2, block_size * head_size], the bits of float32 (uint32) or
             bfloat16 (uint16); keys of a block are stored as [head_size, block_size], values as
             [block_size, head_size] (`layout.ROWS`).
@@ -133,57 +157,59 @@ def attend(
     kv_heads = cache.shape[1]
     group = heads // kv_heads
     count = rows * group
-    pairs = (count + 1) // 2
+    strips = (count + ROWS - 1) // ROWS
     chunks = (head_size + TILE - 1) // TILE
     total = base + visible.shape[0]
     begin = first_slot(base, depths[first], window)
 
-    queries = np.zeros((pairs, 2 * head_size), np.float32)
-    scores = np.empty((pairs, 2 * TILE), np.float32)
-    sums = np.empty((pairs, chunks, 2 * TILE), np.float32)
-    highest = np.empty(2 * pairs, np.float32)
-    weight = np.empty(2 * pairs, np.float32)
+    queries = np.zeros((strips * ROWS, head_size), np.float32)
+    scores = np.zeros(strips * ROWS * TILE, np.float32)
+    sums = np.empty((chunks, strips * ROWS, TILE), np.float32)
+    highest = np.empty(strips * ROWS, np.float32)
+    weight = np.empty(strips * ROWS, np.float32)
     key_bits = np.zeros(head_size * TILE, np.uint32)
     value_bits = np.zeros(chunks * TILE * TILE, np.uint32)
-    keys, values = key_bits.view(np.float32), value_bits.view(np.float32)
+    queries_at, scores_at, sums_at = queries.ctypes.data, scores.ctypes.data, sums.ctypes.data
+    keys_at, values_at = key_bits.ctypes.data, value_bits.ctypes.data
 
     for head in range(kv_heads):
         for m in range(count):
             for d in range(head_size):
-                element = query[m // group, head * group + m % group, d]
-                queries[m // 2, m % 2 * head_size + d] = element * scale
+                queries[m, d] = query[m // group, head * group + m % group, d] * scale
         sums[:] = ZERO
         highest[:] = MASKED
         weight[:] = ZERO
         for start in range(begin, total, TILE):
             n = min(TILE, total - start)
             _load(key_bits, value_bits, cache, table, head, head_size, start, n)
-            for pair in range(pairs):
-                scores[pair] = ZERO
-                _multiply_pair(scores[pair], queries[pair], head_size, head_size, keys)
-            for m in range(2 * pairs):
-                mine = scores[m // 2, m % 2 * TILE : m % 2 * TILE + TILE]
-                if m < count and (start + n > base or window >= 0):
-                    hide(mine, first + m // group, base, visible, depths, window, start, n)
-                mine[n:] = MASKED
-                top = max(highest[m], highest_of(mine, 0, TILE))
-                if top != highest[m]:
-                    shrink = np.float32(math.exp(highest[m] - top))
+            scores[:] = ZERO
+            for m in range(0, count, ROWS):
+                to, of = scores_at + 4 * m * TILE, queries_at + 4 * m * head_size
+                _multiply(to, of, head_size, head_size, keys_at)
+            for m in range(count):
+                if start + n > base or window >= 0:
+                    row = first + m // group
+                    hide(scores, m * TILE, row, base, visible, depths, window, start, n)
+                peak = highest_of(scores, m * TILE, TILE)
+                if peak > highest[m]:
+                    peak += _HEADROOM
+                    shrink = np.float32(math.exp(highest[m] - peak))
                     weight[m] *= shrink
                     for chunk in range(chunks):
-                        sums[m // 2, chunk, m % 2 * TILE : m % 2 * TILE + TILE] *= shrink
-                    highest[m] = top
-                weight[m] += exponentiate(mine, top)
-            inner = (n + 3) // 4 * 4
-            for pair in range(pairs):
-                for chunk in range(chunks):
-                    part = values[chunk * TILE * TILE : (chunk + 1) * TILE * TILE]
-                    _multiply_pair(sums[pair, chunk], scores[pair], TILE, inner, part)
+                        sums[chunk, m] *= shrink
+                    highest[m] = peak
+                weight[m] += exponentiate(scores, m * TILE, TILE, highest[m])
+            for chunk in range(chunks):
+                part = values_at + 4 * chunk * TILE * TILE
+                for m in range(0, count, ROWS):
+                    to = sums_at + 4 * (chunk * strips * ROWS + m) * TILE
+                    _multiply(to, scores_at + 4 * m * TILE, TILE, n, part)
         for m in range(count):
             scaling = ONE / weight[m]
             for d in range(head_size):
-                summed = sums[m // 2, d // TILE, m % 2 * TILE + d % TILE]
-                out[m // group, head * group + m % group, d] = summed * scaling
+                out[m // group, head * group + m % group, d] = (
+                    sums[d // TILE, m, d % TILE] * scaling
+                )
 
 
 def tree_arguments(

@@ -64,7 +64,7 @@ def top_rows(logits: Any, stride: int, ids: Any, probs: Any) -> None:
         ids[row, found:] = 0
         best = values[0]
         copy_bits(taken, 0, 1, line, 0, stride, len(taken), 1)
-        total = np.float32(stride) * exponentiate(sampled, best)
+        total = np.float32(stride) * exponentiate(sampled, 0, len(sampled), best)
         for j in range(k):
             probs[row, j] = np.exp(values[j] - best) if values[j] - best > LOWEST else ZERO
             if ids[row, j] % stride == 0:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small matrix product whose sums stay in registers, for code that Numba compiles.
+
+The micro-kernel of Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication* (ACM
+TOMS 34(3), 2008): ``ROWS`` rows times ``COLUMNS`` columns of sums are loaded once, take a column of
+the left matrix times a row of the right one (an outer product) at every step, and are stored once.
+LLVM makes no such loop of plain ones, so it is written in its vectors.
+
+Import it lazily; see `compiled`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+ROWS = 4
+_WIDTH = 16
+COLUMNS = 4 * _WIDTH if binding.get_host_cpu_features().get("avx512f") else _WIDTH
+"""Columns of one call: with 32 registers of 16 numbers 4 x 4 of them, else 4 x 1 (two halves)."""
+
+_FLOAT = ir.FloatType()
+_VECTOR = ir.VectorType(_FLOAT, _WIDTH)
+_INT64 = ir.IntType(64)
+_FAST = ("contract", "nsz", "reassoc")
+
+
+@intrinsic
+def add_product(
+    typing: Any, sums: Any, pitch: Any, left: Any, left_pitch: Any, inner: Any, right: Any
+) -> Any:
+    """``sums [ROWS, COLUMNS] += left [ROWS, inner] @ right [inner, COLUMNS]``, float32.
+
+    Args:
+        sums: address; rows are ``pitch`` bytes apart.
+        pitch: of the sums and of the right matrix.
+        left: address; rows are ``left_pitch`` bytes apart.
+        left_pitch: see there.
+        inner: at least 1.
+        right: address.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, pitch, left, left_pitch, inner, right = arguments
+        parts = COLUMNS // _WIDTH
+        at = [
+            builder.add(
+                builder.add(sums, builder.mul(pitch, ir.Constant(_INT64, row))),
+                ir.Constant(_INT64, part * 4 * _WIDTH),
+            )
+            for row in range(ROWS)
+            for part in range(parts)
+        ]
+        before = [_load(builder, _VECTOR, address) for address in at]
+        entry = builder.block
+        loop, done = builder.append_basic_block("inner"), builder.append_basic_block("summed")
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        step, left_at, right_at = (builder.phi(_INT64) for _ in range(3))
+        totals = [builder.phi(_VECTOR) for _ in at]
+        columns = [
+            _load(builder, _VECTOR, builder.add(right_at, ir.Constant(_INT64, part * 4 * _WIDTH)))
+            for part in range(parts)
+        ]
+        after = []
+        for row in range(ROWS):
+            place = builder.add(left_at, builder.mul(left_pitch, ir.Constant(_INT64, row)))
+            factor = _spread(builder, _load(builder, _FLOAT, place))
+            for part in range(parts):
+                product = builder.fmul(factor, columns[part], flags=_FAST)
+                after.append(builder.fadd(totals[row * parts + part], product, flags=_FAST))
+        next_step = builder.add(step, ir.Constant(_INT64, 1))
+        moved = [
+            (step, ir.Constant(_INT64, 0), next_step),
+            (left_at, left, builder.add(left_at, ir.Constant(_INT64, 4))),
+            (right_at, right, builder.add(right_at, pitch)),
+            *zip(totals, before, after, strict=True),
+        ]
+        for phi, first, following in moved:
+            phi.add_incoming(first, entry)
+            phi.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", next_step, inner), loop, done)
+
+        builder.position_at_end(done)
+        for address, total in zip(at, after, strict=True):
+            builder.store(total, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 6), code
+
+
+def _load(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """A vector of one number."""
+    nothing = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), _WIDTH), [0] * _WIDTH)
+    return builder.shuffle_vector(first, nothing, lanes)
