@@ -14,7 +14,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.31", "0.32")
 """``major.minor`` of the vLLM releases the suite has passed on; others give one warning."""
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
@@ -176,6 +177,18 @@ def test_a_slow_machine_measures_less_of_what_takes_long(monkeypatch: Any) -> No
     measured = dict(made.measure_forward((1, 8, 64, 128, 256)))
     assert [made.passes.count(rows) for rows in (1, 8, 64, 128, 256)] == [5, 3, 2, 0, 0]
     assert list(measured) == [1, 8, 64]
+
+
+def test_start_up_compiles_what_reads_candidates(monkeypatch: Any) -> None:
+    """Numba compiles for seconds; the first request must not wait for it."""
+    made = Measured(0.0001, 64, monkeypatch)
+    made.lora_config = None
+    made._dummy_run = lambda rows: (torch.zeros(rows, 4), None)
+    made.model = SimpleNamespace(compute_logits=lambda hidden: hidden.new_zeros(len(hidden), 7))
+    read: list[Any] = []
+    monkeypatch.setattr(runner_module, "candidates", lambda logits: read.append(logits.shape))
+    made.measure_forward((2, 8))
+    assert read == [(2, 7)]
 
 
 def test_ranks_measure_the_same_passes(monkeypatch: Any) -> None:
