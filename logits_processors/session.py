@@ -84,12 +84,14 @@ class Session(ABC):
         temperature: what the engine divides its logits by after the edit.
         longest: tokens after which the engine ends the text; ``None`` if not known.
         stops: tokens at which it ends the text.
+        settled: tokens that the engine will not take back; ``None`` for all that it showed.
     """
 
     def __init__(self, eos: int) -> None:
         self.temperature = 1.0
         self.longest: int | None = None
         self.stops: Collection[int] = ()
+        self.settled: int | None = None
         self.tokens: list[int] = []
         self.error = ""
         self.eos = eos
@@ -330,25 +332,29 @@ class MirostatSession(Session):
         super().__init__(eos)
         self._core = core
         self._caps = [core.initial_mu]  # before each token
-        self._surprise: NDArray[np.float64] | None = None  # of each token of the last row
+        self._surprise: dict[int, NDArray[np.float64]] = {}  # of each token, by position
 
     @override
     def _choose(self, logits: NDArray[np.floating]) -> Edit:
-        self._surprise = self._core.surprise(logits)
-        return Edit(keep=self._core.keep(self._surprise, self._caps[-1]))
+        here = len(self.tokens)
+        settled = here if self.settled is None else self.settled
+        for position in [p for p in self._surprise if p < settled]:
+            del self._surprise[position]  # as large as the vocabulary
+        self._surprise[here] = self._core.surprise(logits)
+        return Edit(keep=self._core.keep(self._surprise[here], self._caps[-1]))
 
     @override
     def _advance(self, position: int, token: int) -> None:
         cap = self._caps[-1]
-        if self._surprise is not None:
-            cap = self._core.update(cap, float(self._surprise[token]))
+        if position in self._surprise:
+            cap = self._core.update(cap, float(self._surprise[position][token]))
         self._caps.append(cap)
-        self._surprise = None
 
     @override
     def _rewind(self, length: int) -> None:
         del self._caps[length + 1 :]
-        self._surprise = None
+        for position in [p for p in self._surprise if p > length]:
+            del self._surprise[position]
 
 
 class MomentumSession(Session):

@@ -2,9 +2,10 @@
 """Adaptor to the processor interface of vLLM's Model Runner V2.
 
 Requests live in slots that are never reported free, only used again; texts are on the device; under
-speculation a request has one row per draft token. Every row of ours is one-hot, so vLLM's rejection
-sampler never looks beyond the first draft that differs from the chosen token, and neither does the
-walk along the drafts.
+speculation a request has one row per draft token. A row of a constraint is one-hot, so vLLM's
+rejection sampler never looks beyond the first draft that differs from the chosen token, and neither
+does the walk along the drafts. Where a session does not say what it chose, the walk goes on as if
+every draft were accepted, and the session goes back afterwards.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class V2Processor(LogitsProcessor):
         self._requests = req_states
         self._params: dict[int, Any] = {}  # of our requests, by slot
         self._sessions: dict[int, Session] = {}  # of those that have drawn a token
+        self._starts: dict[int, int] = {}  # where their outputs begin
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take over a slot; whoever had it before is gone."""
@@ -61,9 +63,9 @@ class V2Processor(LogitsProcessor):
                     continue  # an unfinished prompt: its draw is thrown away
                 if offset == 0:
                     texts[slot] = self._text(slot, positions[root] + 1, present)
+                    self._sessions[slot].settled = len(texts[slot])
                 else:
-                    chosen = self._sessions[slot].expected()[-1:]
-                    on_path[slot] = on_path[slot] and chosen == [fed[row]]
+                    on_path[slot] = on_path[slot] and self._may_accept(slot, fed[row])
                     texts[slot].append(fed[row])
                 if on_path[slot]:
                     rows.append((row, self._sessions[slot], texts[slot]))
@@ -88,9 +90,22 @@ class V2Processor(LogitsProcessor):
             session = self.batch.open(self._params[slot], tokens[:start].tolist(), output)
             assert session is not None
             self._sessions[slot] = session
+            self._starts[slot] = start
         return output
+
+    def _may_accept(self, slot: int, draft: int) -> bool:
+        session = self._sessions[slot]
+        chosen = session.expected()[len(session.tokens) :]
+        return draft >= 0 and chosen in ([], [draft])  # vLLM pads drafts with -1
 
     def _leave(self, slot: int) -> None:
         left = self._sessions.pop(slot, None)
-        if left is not None:
-            self.batch.close(left, left.expected())
+        if left is None:
+            return
+        start = self._starts.pop(slot)
+        text = left.expected()
+        if len(text) == len(left.tokens) and not left.over:
+            # What the engine drew last is on the device until the slot's next text is written.
+            end = int(self._requests.total_len.gpu[slot])
+            text = self._requests.all_token_ids.gpu[slot, start:end].tolist()
+        self.batch.close(left, text)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_engine import PLAIN, ToyV1, ToyV2, config, params, toy_tokenizer
 from toy_model import EOS
+from vllm import SamplingParams
 
 METHODS = ("awrs", "masking", "asap", "cars")
 PROMPT = [0, 1]
@@ -180,10 +181,47 @@ def test_twins_without_a_seed_differ_and_ranks_agree() -> None:
     assert len(set(map(tuple, first))) > 1
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_momentum_rules_every_draft(right: bool) -> None:
+    sampling = SamplingParams(extra_args={"momentum_alpha": 0.2}, max_tokens=20)
+    plain = ToyV2()
+    plain.add(0, sampling, PROMPT)
+    plain.run(0)
+    text = plain.text(0)
+    assert len(text) > 5
+    drafted = ToyV2()
+    drafted.add(0, sampling, PROMPT)
+    drafted.step({0: text[:4] if right else [text[0], text[1] ^ 1]})
+    drafted.run(0)
+    assert drafted.text(0) == text
+
+
+@pytest.mark.parametrize("last", [[], [0], [-1, -1]])
+def test_mirostat_keeps_count_along_drafts(last: list[int]) -> None:
+    keys = {"mirostat_version": 2, "mirostat_tau": 1.0, "mirostat_eta": 0.5}
+    sampling = SamplingParams(extra_args=keys, max_tokens=20)
+    plain, drafted = ToyV2(), ToyV2()
+    for engine in (plain, drafted):
+        engine.add(0, sampling, PROMPT)
+    for _ in range(6):
+        plain.step({0: []})
+    text = plain.text(0)
+    drafted.step({0: [text[0], text[1] ^ 1, text[2]]})  # a wrong one, and what would follow it
+    drafted.step({0: text[2:4]})
+    old = drafted.processor._sessions[0]
+    drafted.add(1, sampling, PROMPT, drafted.text(0))  # preempted, and in another slot
+    drafted.add(0, PLAIN, PROMPT)
+    drafted.step({1: last})
+    session = drafted.processor._sessions[1]
+    assert session is old
+    assert len(session._surprise) == 1 + sum(token >= 0 for token in last)  # no row of the past
+    plain.step({0: []})
+    session.follow(text)
+    assert session._caps == plain.processor._sessions[0]._caps
+
+
 @pytest.mark.parametrize("keys", [{"mirostat_version": 2}, {"momentum_alpha": 0.2}])
 def test_small_processors_run_too(keys: Any) -> None:
-    from vllm import SamplingParams
-
     engine = ToyV2()
     engine.add(0, SamplingParams(extra_args=keys, seed=1, max_tokens=5), PROMPT)
     for _ in range(5):

@@ -222,18 +222,20 @@ class ToyV2:
             all_token_ids=SimpleNamespace(gpu=torch.zeros(slots, length, dtype=torch.int32)),
             prompt_len=SimpleNamespace(np=np.zeros(slots, dtype=np.int32)),
             prefill_len=SimpleNamespace(np=np.zeros(slots, dtype=np.int32)),
+            total_len=SimpleNamespace(gpu=np.zeros(slots, dtype=np.int32)),
         )
         self.processor = LogitsProcessor(vllm_config or config(), self.states)
-        self.lengths = [0] * slots
+        self.lengths = self.states.total_len.gpu
 
     def add(
         self, slot: int, sampling: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()
     ) -> bool:
         tokens = [*prompt, *output]
+        self.states.prompt_len.np[slot], self.states.prefill_len.np[slot] = len(prompt), len(tokens)
+        ours = bool(self.processor.add_request(slot, sampling))
         self.states.all_token_ids.gpu[slot, : len(tokens)] = torch.tensor(tokens)
-        self.states.prompt_len.np[slot] = len(prompt)
-        self.states.prefill_len.np[slot] = self.lengths[slot] = len(tokens)
-        return bool(self.processor.add_request(slot, sampling))
+        self.lengths[slot] = len(tokens)
+        return ours
 
     def text(self, slot: int) -> list[int]:
         start = int(self.states.prompt_len.np[slot])
@@ -280,11 +282,9 @@ class ToyV2:
                     break
                 tokens.append(drawn[row + i + 1])
             row += 1 + len(guess)
-            done = (computed or {}).get(slot, self.lengths[slot]) >= int(
-                self.states.prefill_len.np[slot]
-            )
-            emitted[slot] = _until_end(tokens) if done else []
             at = self.lengths[slot]
+            done = (computed or {}).get(slot, at) >= self.states.prefill_len.np[slot]
+            emitted[slot] = _until_end(tokens) if done else []
             self.states.all_token_ids.gpu[slot, at : at + len(emitted[slot])] = torch.tensor(
                 emitted[slot], dtype=torch.int32
             )
