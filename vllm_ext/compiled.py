@@ -106,6 +106,13 @@ def number_of(typing: Any, bits: Any) -> Any:
 
 
 @compiled
+def nearest_bfloat16(number: Any) -> Any:
+    """The bits of the bfloat16 nearest to a float32, of two the even one (uint16)."""
+    bits = bits_of(number)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16)
+
+
+@compiled
 def highest_of(values: Any, start: int, n: int) -> Any:
     """The largest of ``n`` float32 from ``start`` on.
 

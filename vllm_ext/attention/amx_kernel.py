@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from vllm_ext import amx
-from vllm_ext.attention.cpu_kernel import MASKED, TILE, first_slot, hide, tree_arguments
-from vllm_ext.compiled import ONE, ZERO, bits_of, compiled, exp, highest_of, wide_vectors
-from vllm_ext.worker.step import TreeRows
+from vllm_ext.attention.cpu_kernel import MASKED, TILE, first_slot, hide
+from vllm_ext.compiled import ONE, ZERO, compiled, exp, highest_of, nearest_bfloat16, wide_vectors
 
 if not amx.supported():
     raise ImportError("this process may not use the processor's matrix tiles (AMX)")
@@ -40,13 +39,6 @@ softmax; one that is seldom raised spares rescaling, and the wait for the scores
 
 
 @compiled
-def _round(number: Any) -> Any:
-    """The bits of the bfloat16 nearest to a float32."""
-    bits = bits_of(number)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16)
-
-
-@compiled
 def _soften(weights: Any, scores: Any, start: int, scale: Any, top: Any) -> Any:
     """Softmax weights ``exp(scale * score - top)`` of ``TILE`` scores, rounded; their sum before.
 
@@ -63,7 +55,7 @@ def _soften(weights: Any, scores: Any, start: int, scale: Any, top: Any) -> Any:
     for j in range(np.uintp(TILE)):
         weight = exp(scores[first + j] * scale - top)
         total += weight
-        weights[first + j] = _round(weight)
+        weights[first + j] = nearest_bfloat16(weight)
     return total
 
 
@@ -259,15 +251,15 @@ def attend(
         for m in range(count):
             scaling = ONE / weight[m]
             for d in range(head_size):
-                out[m // group, head * group + m % group, d] = _round(sums[m, d] * scaling)
+                bits = nearest_bfloat16(sums[m, d] * scaling)
+                out[m // group, head * group + m % group, d] = bits
     release()
 
 
 def tree_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    tree: TreeRows,
+    cache: Any,
+    placed: tuple[Any, ...],
     window: int,
     scale: float,
     out: torch.Tensor,
@@ -276,7 +268,9 @@ def tree_attention(
     attend(
         amx.CONFIGURATION,
         query.contiguous().view(torch.uint16).numpy(),
-        cache.view(torch.uint16).view(*cache.shape[:2], 2, -1).numpy(),
-        *tree_arguments(table, tree, window, scale),
+        cache,
+        *placed,
+        window,
+        np.float32(scale),
         out.view(torch.uint16).numpy(),
     )

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
@@ -25,9 +27,8 @@ class Kernel(Protocol):
     def __call__(
         self,
         query: torch.Tensor,
-        cache: torch.Tensor,
-        table: torch.Tensor,
-        tree: TreeRows,
+        cache: NDArray[Any],
+        placed: tuple[Any, ...],
         window: int,
         scale: float,
         out: torch.Tensor,
@@ -36,10 +37,8 @@ class Kernel(Protocol):
 
         Args:
             query: [rows, heads, head_size].
-            cache: [blocks, kv_heads, block_size, 2 * head_size]; within a block and head all keys
-                come before all values.
-            table: int32 [blocks of the request and more].
-            tree: what the rows are.
+            cache: [blocks, kv_heads, 2, block_size * head_size], from `cache_bits`.
+            placed: the tree and where its request lies in the cache, from `place`.
             window: sliding window in positions, or -1.
             scale: of the scores.
             out: written, [rows, heads, head_size].
@@ -63,6 +62,9 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
             are refused.
         kernel: a compiled kernel, where set-up found one right and faster than torch's operators.
     """
+
+    _cache: torch.Tensor | None = None  # that `_bits` is of
+    _bits: NDArray[Any]
 
     layout: CacheLayout | None = None
     kernel: Kernel | None = None
@@ -112,12 +114,20 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
             )
         for tree in step.trees:
             rows = slice(tree.start, tree.start + tree.queries)
-            table = attn_metadata.block_table[tree.request]
             if self.kernel is None:
+                table = attn_metadata.block_table[tree.request]
                 output[rows] = self._attend(step, tree, query[rows], kv_cache, table)
-            else:
-                window = self.sliding_window
-                self.kernel(query[rows], kv_cache, table, tree, window, self.scale, output[rows])
+                continue
+            # Between two layers the weights of a layer go through the processor's caches: there
+            # every operator that need not run here costs several times what it does in a loop.
+            if self._cache is not kv_cache:
+                self._cache, self._bits = kv_cache, cache_bits(kv_cache)
+            place_of = (tree.request, id(attn_metadata))
+            placed = step.placed.get(place_of)
+            if placed is None:
+                placed = step.placed[place_of] = place(tree, attn_metadata.block_table)
+            window = self.sliding_window
+            self.kernel(query[rows], self._bits, placed, window, self.scale, output[rows])
         return output
 
     def _attend(
@@ -153,6 +163,29 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         return grouped_attention(query.float(), keys, values, mask[tree.first :], self.scale).to(
             query.dtype
         )
+
+
+def cache_bits(kv_cache: torch.Tensor) -> NDArray[Any]:
+    """A cache's elements as they are: uint16 or uint32 [blocks, kv_heads, 2, elements].
+
+    Args:
+        kv_cache: [blocks, kv_heads, block_size, 2 * head_size]; within a block and head all keys
+            come before all values.
+    """
+    integers = torch.uint16 if kv_cache.element_size() == 2 else torch.uint32
+    bits: NDArray[Any] = kv_cache.view(integers).view(*kv_cache.shape[:2], 2, -1).numpy()
+    return bits
+
+
+def place(tree: TreeRows, block_table: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments of a compiled kernel that all layers of a group share; see its ``attend``.
+
+    Args:
+        tree: the tree.
+        block_table: int32 [requests, blocks and more], of the group.
+    """
+    table: NDArray[np.int32] = block_table[tree.request].numpy()
+    return table, tree.base, tree.visible, tree.depths, tree.first
 
 
 def tree_mask(step: AttentionStep, tree: TreeRows, columns: int, window: int) -> torch.Tensor:

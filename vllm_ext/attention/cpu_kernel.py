@@ -22,9 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_ext.compiled import ONE, ZERO, compiled, copy_bits, exponentiate, highest_of, wide_vectors
+from vllm_ext.compiled import (
+    ONE,
+    ZERO,
+    bits_of,
+    compiled,
+    copy_bits,
+    exponentiate,
+    highest_of,
+    nearest_bfloat16,
+    number_of,
+    wide_vectors,
+)
 from vllm_ext.gemm import COLUMNS, ROWS, add_product
-from vllm_ext.worker.step import TreeRows
 
 TILE = 64
 """Slots per tile, and columns of a head per accumulator."""
@@ -139,7 +149,7 @@ def attend(
     """Masked attention of one tree.
 
     Args:
-        query: float32 [rows, heads, head_size].
+        query: [rows, heads, head_size], bits as those of the cache.
         cache: [blocks, kv_heads, 2, block_size * head_size], the bits of float32 (uint32) or
             bfloat16 (uint16); keys of a block are stored as [head_size, block_size], values as
             [block_size, head_size] (`layout.ROWS`).
@@ -150,13 +160,14 @@ def attend(
         first: tree row of the first query.
         window: sliding window in positions, or -1.
         scale: float32, of the scores.
-        out: float32 [rows, heads, head_size], written.
+        out: [rows, heads, head_size], bits as those of the query, written.
     """
     wide_vectors()
     rows, heads, head_size = query.shape
     kv_heads = cache.shape[1]
     group = heads // kv_heads
     count = rows * group
+    widen = np.uint32(16 if query.itemsize == 2 else 0)
     strips = (count + ROWS - 1) // ROWS
     chunks = (head_size + TILE - 1) // TILE
     total = base + visible.shape[0]
@@ -175,7 +186,8 @@ def attend(
     for head in range(kv_heads):
         for m in range(count):
             for d in range(head_size):
-                queries[m, d] = query[m // group, head * group + m % group, d] * scale
+                bits = np.uint32(query[m // group, head * group + m % group, d])
+                queries[m, d] = number_of(np.int32(bits << widen)) * scale
         sums[:] = ZERO
         highest[:] = MASKED
         weight[:] = ZERO
@@ -207,35 +219,26 @@ def attend(
         for m in range(count):
             scaling = ONE / weight[m]
             for d in range(head_size):
-                out[m // group, head * group + m % group, d] = (
-                    sums[d // TILE, m, d % TILE] * scaling
-                )
-
-
-def tree_arguments(
-    table: torch.Tensor, tree: TreeRows, window: int, scale: float
-) -> tuple[Any, ...]:
-    """The arguments of a kernel from ``table`` to ``scale``; see `attend`."""
-    rows = tree.base, tree.visible, tree.depths, tree.first
-    return table.numpy(), *rows, window, np.float32(scale)
+                mean = sums[d // TILE, m, d % TILE] * scaling
+                bits = np.uint32(nearest_bfloat16(mean)) if widen else bits_of(mean)
+                out[m // group, head * group + m % group, d] = bits
 
 
 def tree_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    tree: TreeRows,
+    cache: Any,
+    placed: tuple[Any, ...],
     window: int,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """`attend` on the engine's tensors; a `cpu.Kernel`."""
-    integers = torch.uint16 if cache.element_size() == 2 else torch.uint32
-    exact = torch.empty(query.shape, dtype=torch.float32)
+    integers = torch.uint16 if query.element_size() == 2 else torch.uint32
     attend(
-        query.float().contiguous().numpy(),
-        cache.view(integers).view(*cache.shape[:2], 2, -1).numpy(),
-        *tree_arguments(table, tree, window, scale),
-        exact.numpy(),
+        query.view(integers).numpy(),
+        cache,
+        *placed,
+        window,
+        np.float32(scale),
+        out.view(integers).numpy(),
     )
-    out.copy_(exact)

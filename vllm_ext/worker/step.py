@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ class AttentionStep:
         rows: int64 [R]; the batch rows of all branching trees, in order.
         only_trees: whether every row of the batch belongs to a branching tree.
         masks: additive masks, cached per (request, padded context, window) for the step's layers.
+        placed: arguments of compiled kernels, cached per (request, id of the layers' metadata).
         keep: whether the layers fill the stash.
         stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
     """
@@ -85,6 +87,7 @@ class AttentionStep:
     only_trees: bool
     keep: bool = True
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    placed: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
     stash: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.vllm_ext.attention.cpu_case import CHANGES, Case, Floats
 from vllm_ext.attention.cpu_kernel import TILE, attend
@@ -15,7 +16,9 @@ from vllm_ext.attention.cpu_kernel import TILE, attend
 def run(case: Case, **changed: Any) -> Floats:
     """The kernel, on a request or with something changed."""
     out = np.full(case.query.shape, np.nan, np.float32)
-    attend(*(case.arguments() | changed).values(), out)
+    arguments = case.arguments() | changed
+    arguments["query"] = arguments["query"].view(np.uint32)
+    attend(*arguments.values(), out.view(np.uint32))
     return out
 
 
@@ -59,6 +62,18 @@ def test_equals_dense_attention_on_random_sizes(seed: int) -> None:
         seed=seed,
     )
     np.testing.assert_allclose(run(case), case.dense(), atol=2e-6)
+
+
+def test_queries_and_results_of_bfloat16() -> None:
+    """The engine's: part of a wider matrix, rounded to nearest."""
+    case = Case(base=200, nodes=9, bfloat16=True)
+    rows, heads, size = case.query.shape
+    wide = np.zeros((rows, heads + 3, size), np.uint16)
+    wide[:, :heads] = case.query.view(np.uint32) >> 16
+    out = np.zeros(case.query.shape, np.uint16)
+    attend(*(case.arguments() | {"query": wide[:, :heads]}).values(), out)
+    exact = torch.from_numpy(run(case)).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(out, exact)
 
 
 @pytest.mark.parametrize("nodes", [0, 1, 2, 3])

@@ -70,7 +70,7 @@ def test_catches_a_compiled_kernel_that_reads_another_layout(dtype: torch.dtype)
     right = kernel_of(dtype)
 
     def one_slot_on(query: Any, cache: Any, *rest: Any) -> None:
-        right(query, cache.flatten().roll(1).view(cache.shape), *rest)
+        right(query, np.roll(cache, 1), *rest)
 
     layer = ready_layer(dtype, kernel=one_slot_on)
     assert "stock kernel" in str(self_test(layer, dtype))
@@ -80,12 +80,13 @@ def test_catches_a_compiled_kernel_that_reads_another_layout(dtype: torch.dtype)
 def test_catches_a_compiled_kernel_with_one_wrong_mask_bit(dtype: torch.dtype) -> None:
     right = kernel_of(dtype)
 
-    def one_bit(query: Any, cache: Any, table: Any, tree: Any, *rest: Any) -> None:
-        visible = tree.visible.copy()
+    def one_bit(query: Any, cache: Any, placed: Any, *rest: Any) -> None:
+        table, base, visible, *others = placed
+        visible = visible.copy()
         hidden = np.argwhere(~visible & np.tril(np.ones_like(visible)))
         if len(hidden):
             visible[tuple(hidden[0])] = True
-        right(query, cache, table, replace(tree, visible=visible), *rest)
+        right(query, cache, (table, base, visible, *others), *rest)
 
     layer = ready_layer(dtype, kernel=one_bit)
     assert "dense masked" in str(self_test(layer, dtype))
