@@ -217,11 +217,12 @@ def attend(
             groups, halves = (n + 15) // 16, (n + 31) // 32
             for i in range(groups):
                 slot = start + 16 * i
-                keys_at = cache_at + table[slot // block_size] * block_bytes + head * head_bytes
+                block = int(table[slot // block_size])
+                keys_at = cache_at + block * block_bytes + head * head_bytes
                 key_at[i] = keys_at + slot % block_size * head_size * 2
             for i in range(halves):
                 slot = start + 32 * i
-                block, offset = table[slot // block_size], slot % block_size * 16
+                block, offset = int(table[slot // block_size]), slot % block_size * 16
                 if n - 32 * i >= 32:
                     values_at = cache_at + block * block_bytes + head * head_bytes + half_bytes
                     value_at[i] = values_at + 2 * offset
