@@ -14,12 +14,20 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
+
+
+def _compiles_for_avx512() -> bool:
+    chosen = config.CPU_FEATURES  # by the user, in place of the processor's own
+    if chosen is not None:
+        return "+avx512f" in chosen
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
 
 ROWS = 4
 _WIDTH = 16
-COLUMNS = 4 * _WIDTH if binding.get_host_cpu_features().get("avx512f") else _WIDTH
+COLUMNS = 4 * _WIDTH if _compiles_for_avx512() else _WIDTH
 """Columns of one call: with 32 registers of 16 numbers 4 x 4 of them, else 4 x 1 (two halves)."""
 
 _FLOAT = ir.FloatType()

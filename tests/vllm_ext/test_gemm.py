@@ -36,20 +36,3 @@ def test_adds_the_product_and_touches_nothing_else(inner: int, more: int) -> Non
     np.testing.assert_allclose(sums, expected, atol=1e-5)
     np.testing.assert_array_equal(sums[ROWS], untouched[0])
     np.testing.assert_array_equal(sums[:, COLUMNS:], untouched[1])
-
-
-def test_narrow_processors_have_their_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without AVX-512 a call has fewer columns: compiled here with those, it must be right too."""
-    from vllm_ext import gemm
-
-    monkeypatch.setattr(gemm, "COLUMNS", 16)
-
-    @numba.njit
-    def narrow(sums, left, inner, right):  # type: ignore[no-untyped-def]
-        add_product(sums.ctypes.data, 64, left.ctypes.data, 4 * inner, inner, right.ctypes.data)
-
-    rng = np.random.default_rng(0)
-    left, right = rng.standard_normal((ROWS, 9)), rng.standard_normal((9, 16))
-    sums = np.zeros((ROWS, 16), np.float32)
-    narrow(sums, left.astype(np.float32), 9, right.astype(np.float32))
-    np.testing.assert_allclose(sums, left @ right, atol=1e-5)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vllm_ext import amx
-from vllm_ext.attention.cpu_kernel import MASKED, TILE, first_slot, hide
+from vllm_ext.attention.cpu_kernel import HEADROOM, MASKED, TILE, first_slot, hide
 from vllm_ext.compiled import ONE, ZERO, compiled, exp, highest_of, nearest_bfloat16, wide_vectors
 
 if not amx.supported():
@@ -32,10 +32,6 @@ _BYTES = amx.ROW_BYTES
 _TILE_BYTES = amx.ROWS * amx.ROW_BYTES
 _SCORE_BYTES = 4 * TILE
 _WEIGHT_BYTES = 2 * TILE
-_SLACK = np.float32(8.0)
-"""How far scores may exceed the maximum that weights are relative to.  Any maximum gives the same
-softmax; one that is seldom raised spares rescaling, and the wait for the scores' own maximum.
-"""
 
 
 @compiled
@@ -47,7 +43,7 @@ def _soften(weights: Any, scores: Any, start: int, scale: Any, top: Any) -> Any:
         scores: float32 [...], read from there.
         start: of the row.
         scale: float32.
-        top: float32, no more than `_SLACK` below the largest scaled score.
+        top: float32, no less than the largest scaled score.
     """
     wide_vectors()
     first = np.uintp(start)
@@ -241,7 +237,8 @@ def attend(
                         node = first + m // group
                         hide(scores, row, node, base, visible, depths, window, start, n)
                     peak = highest_of(scores, row, TILE) * scale
-                    if peak > highest[m] + _SLACK:
+                    if peak > highest[m]:
+                        peak += HEADROOM
                         shrink = np.float32(math.exp(highest[m] - peak))
                         weight[m] *= shrink
                         sums[m] *= shrink

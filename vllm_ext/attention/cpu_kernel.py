@@ -41,7 +41,7 @@ TILE = 64
 
 MASKED = np.float32(-1e30)
 
-_HEADROOM = np.float32(8.0)
+HEADROOM = np.float32(8.0)
 """How far the maximum that weights are relative to is put above the scores that raise it.  Any
 maximum gives the same softmax; one seldom raised spares rescaling, and waiting for the scores'.
 """
@@ -204,7 +204,7 @@ def attend(
                     hide(scores, m * TILE, row, base, visible, depths, window, start, n)
                 peak = highest_of(scores, m * TILE, TILE)
                 if peak > highest[m]:
-                    peak += _HEADROOM
+                    peak += HEADROOM
                     shrink = np.float32(math.exp(highest[m] - peak))
                     weight[m] *= shrink
                     for chunk in range(chunks):
