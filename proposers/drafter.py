@@ -10,6 +10,9 @@ grower's part; by default the sources of Token Recycling (arXiv 2408.08696) and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
 
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions
@@ -17,7 +20,7 @@ from proposers.gate import Gate
 from proposers.grower import Draftee, Grower
 from proposers.mixture import Mixture
 from proposers.recycling import BigramRecycling, TrigramRecycling
-from proposers.source import Source, VerifiedRows
+from proposers.source import Source, StateSource, VerifiedRows
 from proposers.suffix import SuffixSource
 from proposers.tree import TokenTree
 
@@ -117,6 +120,17 @@ class TreeDrafter:
         for source in self._sources:
             source.extend(request, tokens)
 
+    @property
+    def watches(self) -> bool:
+        """Whether a source wants the target's hidden states."""
+        return any(_watches(source) for source in self._sources)
+
+    def see(self, requests: Sequence[str], states: Tensor) -> None:
+        """Hand on the target's hidden states, see `StateSource.see`; after `extend`."""
+        for source in self._sources:
+            if _watches(source):
+                cast(StateSource, source).see(requests, states)
+
     def propose(
         self,
         requests: Sequence[str],
@@ -179,3 +193,7 @@ class TreeDrafter:
             return self._requests[request]
         except KeyError:
             raise KeyError(f"TreeDrafter: request {request!r} is unknown; start it first") from None
+
+
+def _watches(source: Source) -> bool:
+    return bool(getattr(source, "watches", hasattr(source, "see")))

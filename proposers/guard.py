@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from proposers.source import Candidates, Source, State, VerifiedRows
+from torch import Tensor
+
+from proposers.source import Candidates, Source, State, StateSource, VerifiedRows
 
 MAX_CANDIDATES = 64
 MAX_BUCKET = 15
@@ -98,6 +100,16 @@ class GuardedSource:
     def observe(self, rows: VerifiedRows) -> None:
         """See `Source.observe`."""
         self._try(lambda s: s.observe(rows), None)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the source is a `StateSource` that has not failed."""
+        return hasattr(self._source, "see")
+
+    def see(self, requests: Sequence[str], states: Tensor) -> None:
+        """See `StateSource.see`."""
+        if self.watches:
+            self._try(lambda s: cast(StateSource, s).see(requests, states), None)
 
     def root(self, request: str) -> State:
         """See `Source.root`."""

@@ -15,9 +15,6 @@ belongs to.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +22,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = "vllm-ext-prime"
-VERSION = "1"
+from proposers import stored
+
 MAX_WIDTH = 64
-_MAX_HEADER = 1 << 16
-_MAX_FILE = 1 << 30
 
 
-class PrimeError(ValueError):
+class PrimeError(stored.StoredError):
     """A table cannot be used; the message says why and what to do."""
+
+
+KIND = stored.Kind("vllm-ext-prime", "1", "prime table", "vllm-ext prime", 1 << 30, PrimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +56,12 @@ class PrimeTable:
 
         Args:
             path: of the file; its folder is made.
-            identity: what the table belongs to, in plain strings; `load` compares it.
+            identity: what the table belongs to; `load` compares it.
         """
         from safetensors.numpy import save
 
-        payload = save(
-            {"tokens": self.tokens, "ids": self.ids, "probs": self.probs},
-            metadata={**identity, "format": FORMAT, "version": VERSION},
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".making-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-            os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide a shared cache from others
-            os.replace(scratch, path)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        tensors = {"tokens": self.tokens, "ids": self.ids, "probs": self.probs}
+        stored.write(path, save(tensors, metadata=KIND.metadata(identity)))
 
     @classmethod
     def load(cls, path: Path, identity: Mapping[str, str], vocab_size: int) -> PrimeTable:
@@ -94,51 +80,12 @@ class PrimeTable:
         from safetensors.numpy import load
 
         try:
-            metadata = read_metadata(path)
-            if path.stat().st_size > _MAX_FILE:
-                raise PrimeError(f"prime table {path}: larger than {_MAX_FILE} bytes")
-            tensors = load(path.read_bytes())
+            tensors = load(stored.read(path, KIND, identity))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, PrimeError):
                 raise
             raise PrimeError(f"prime table {path}: cannot be read ({error})") from error
-        for name, wanted in identity.items():
-            if metadata.get(name) != wanted:
-                raise PrimeError(
-                    f"prime table {path}: made for {name} {metadata.get(name)!r}, but this is "
-                    f"{wanted!r}; run `vllm-ext prime` for this model"
-                )
         return cls(*_checked(path, tensors, vocab_size))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's own entries: format, version and identity.
-
-    Raises:
-        PrimeError: if the file is no such table.
-        OSError: if it cannot be read.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= _MAX_HEADER:
-            raise PrimeError(
-                f"prime table {path}: its header claims {size} bytes, at most {_MAX_HEADER} are "
-                "allowed: not a table of `vllm-ext prime`"
-            )
-        raw = file.read(size)
-    try:
-        metadata = json.loads(raw)["__metadata__"]
-        known, version = metadata["format"] == FORMAT, metadata["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        known, version = False, None
-    if not known:
-        raise PrimeError(f"prime table {path}: not a table of `vllm-ext prime`")
-    if version != VERSION:
-        raise PrimeError(
-            f"prime table {path}: version {version!r}, this program reads {VERSION!r}; make it "
-            "again with `vllm-ext prime`"
-        )
-    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def _checked(

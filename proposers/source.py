@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 State: TypeAlias = Any
 """A context as one source sees it; only the source that made it looks inside."""
@@ -96,3 +97,17 @@ class Source(Protocol):
 
     def prior(self, bucket: int, greedy: bool) -> float:
         """Odds, before any feedback, that the source is right in this bucket (0: no opinion)."""
+
+
+class StateSource(Source, Protocol):
+    """A source that also looks at the target's hidden states."""
+
+    def see(self, requests: Sequence[str], states: Tensor) -> None:
+        """Take the target's last hidden state at the row that each newest token was drawn from.
+
+        Called after a step's tokens were committed, for requests that were started.
+
+        Args:
+            requests: N ids.
+            states: [N, D], in the target's dtype, on the CPU.
+        """

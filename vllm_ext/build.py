@@ -16,6 +16,8 @@ from proposers.dyspec import DySpec, DySpecOptions
 from proposers.gate import Gate
 from proposers.grower import Grower
 from proposers.guard import GuardedSource
+from proposers.hydra import HydraHead
+from proposers.hydra_source import HydraSource
 from proposers.jacobi import JacobiSource
 from proposers.layerwise import Layerwise
 from proposers.levels import LevelPredictor
@@ -31,7 +33,7 @@ from proposers.source import Source
 from proposers.suffix import SuffixSource
 from proposers.template import StaticTemplate
 from proposers.trigram_store import TrigramStore
-from vllm_ext import prime
+from vllm_ext import head, prime
 from vllm_ext.identity import local_folder, tokenizer_hash
 from vllm_ext.methods import (
     AdedConfig,
@@ -54,6 +56,7 @@ class Resources:
         vocab_size: of the target.
         model: the target's folder or name.
         prime: the primed bigrams, if there are any.
+        head: the draft head, if there is one.
         datastore: the opened datastore, if one is configured.
         plugins: sources of other packages that the options name.
         failed: names of the sources that are disabled, see `proposers.guard`.
@@ -62,6 +65,7 @@ class Resources:
     vocab_size: int
     model: str = ""
     prime: PrimeTable | None = None
+    head: HydraHead | None = None
     datastore: Datastore | None = None
     plugins: Registry = field(default_factory=lambda: Registry(BUILT_IN))
     failed: set[str] = field(default_factory=set)
@@ -87,6 +91,7 @@ def check_resources(options: TreeConfig, model_config: Any, download_dir: str | 
     plugin_registry(_names(options))
     _datastore(options, model_config, download_dir)
     prime.check_path(getattr(options, "prime", prime.OFF), model_config, download_dir)
+    head.check_path(getattr(options, "head", head.OFF), model_config, download_dir)
 
 
 def load_resources(options: TreeConfig, model_config: Any, download_dir: str | None) -> Resources:
@@ -100,6 +105,7 @@ def load_resources(options: TreeConfig, model_config: Any, download_dir: str | N
         vocab_size=model_config.get_vocab_size(),
         model=model_config.model,
         prime=prime.load_for_engine(option, model_config, download_dir),
+        head=head.load_for_engine(getattr(options, "head", head.OFF), model_config, download_dir),
         datastore=_datastore(options, model_config, download_dir),
         plugins=plugin_registry(_names(options)),
     )
@@ -221,6 +227,8 @@ def _fenced(name: str, source: Source, resources: Resources) -> Source:
 def _file_sources(options: TreeConfig, resources: Resources) -> list[Source]:
     """Sources that an option with a value of its own switches on."""
     made: list[Source] = []
+    if resources.head is not None and getattr(options, "head", head.OFF) != head.OFF:
+        made.append(_fenced("head", HydraSource(resources.head), resources))
     if resources.datastore is not None:
         store = DatastoreSource(resources.datastore, resources.vocab_size)
         made.append(_fenced("datastore", store, resources))

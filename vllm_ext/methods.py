@@ -53,6 +53,11 @@ _PRIME: Any = Field(
     "background (so too, and a server that finds none makes it while idle), off, or the path of a "
     "file",
 )
+_HEAD: Any = Field(
+    default="auto",
+    description="draft head of `vllm-ext head`: auto (from the cache, if it is there), off, or the "
+    "path of a file",
+)
 _DATASTORE_FOLDER = (
     "folder of a datastore of `vllm-ext datastore build`; it must not be changed while it is used"
 )
@@ -136,6 +141,7 @@ class MixtureConfig(DraftWeightsConfig):
         "drafts drawn from a draft model and keeps the law: swor, kseq, block",
     )
     prime: str = _PRIME
+    head: str = _HEAD
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
 

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from proposers import BigramRecycling, VerifiedRows
-from proposers.prime import PrimeError, PrimeTable, read_metadata
+from proposers.prime import KIND, PrimeError, PrimeTable
+from proposers.stored import read_metadata
 
 VOCAB = 50
 IDENTITY = {"model": "m1", "tokenizer": "t1"}
@@ -62,10 +64,10 @@ def test_damage_is_named(path: Path) -> None:
     whole = path.read_bytes()
     cases = [
         (whole[:-3], "cannot be read"),
-        (whole[:40], "not a table"),
+        (whole[:40], "not a file of"),
         (b"", "claims 0 bytes"),
         (b"\xff" * 8 + whole[8:], "claims 18446744073709551615 bytes, at most"),
-        (whole[:8] + b"[" * 200, "not a table"),
+        (whole[:8] + b"[" * 200, "not a file of"),
         (b"nonsense" * 100, "at most"),
     ]
     for content, message in cases:
@@ -76,10 +78,10 @@ def test_damage_is_named(path: Path) -> None:
     PrimeTable.load(path, IDENTITY, VOCAB)  # control: the undamaged file still loads
     rewritten(path, version="0")
     with pytest.raises(PrimeError, match="version '0', this program reads '1'"):
-        read_metadata(path)
+        read_metadata(path, KIND)
     rewritten(path, version="1", format="something")
-    with pytest.raises(PrimeError, match="not a table"):
-        read_metadata(path)
+    with pytest.raises(PrimeError, match="not a file of"):
+        read_metadata(path, KIND)
     with pytest.raises(PrimeError, match="cannot be read"):
         PrimeTable.load(path.parent / "absent", IDENTITY, VOCAB)
 
@@ -96,7 +98,8 @@ def test_a_type_that_numpy_lacks_is_refused(path: Path) -> None:
 
 
 def test_a_huge_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proposers.prime._MAX_FILE", path.stat().st_size - 1)
+    small = replace(KIND, most=path.stat().st_size - 1)
+    monkeypatch.setattr("proposers.prime.KIND", small)
     with pytest.raises(PrimeError, match="larger than"):
         PrimeTable.load(path, IDENTITY, VOCAB)
 

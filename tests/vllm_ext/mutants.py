@@ -46,6 +46,27 @@ class MutantWorker(TreeCPUWorker):
     """The real worker, plus :meth:`mutate` and ways to see what it does."""
 
     _cut_trees = 0
+    _states: list[tuple[list[int], list[float]]]
+
+    def record_states(self) -> None:
+        """Keep what the drafter sees of hidden states, with the text at that time."""
+        self._states = []
+        runner: Any = self.model_runner
+        drafter = runner._drafting.drafter
+        original = type(drafter).see
+
+        def see(requests: Any, states: Any) -> None:
+            for request, state in zip(requests, states, strict=True):
+                held = runner.requests[request]
+                known = [*held.prompt_token_ids, *held.output_token_ids]
+                self._states.append((known, state.tolist()))
+            original(drafter, requests, states)
+
+        drafter.see = see
+
+    def recorded_states(self) -> list[tuple[list[int], list[float]]]:
+        """Texts and states so far."""
+        return self._states
 
     def cut_trees(self) -> int:
         """Branching trees so far of which the scheduler kept some nodes, and not all.

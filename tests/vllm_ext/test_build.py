@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from proposers import CostModel, TokenTree, VerifiedRows
 from proposers.datastore import DatastoreError
 from proposers.guard import GuardedSource
+from proposers.hydra import HydraError, HydraHead
 from proposers.prime import PrimeError, PrimeTable
 from proposers.registry import RegistrationError
 from vllm_ext.build import BUILT_IN, build_drafter, check_resources, load_resources
+from vllm_ext.head import head_path
 from vllm_ext.identity import IdentityError, model_hash, tokenizer_hash
 from vllm_ext.methods import METHODS, OptionError, parse_options
 from vllm_ext.prime import identity_of, table_path
 
 VOCAB = 300
+HIDDEN = 4
 PLUGIN = Path(__file__).parents[2] / "examples" / "source_plugin"
 
 
@@ -36,7 +40,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "tokenizer.json").write_text("{}")
-    return SimpleNamespace(model=str(folder), revision=None, get_vocab_size=lambda: VOCAB)
+    return SimpleNamespace(
+        model=str(folder),
+        revision=None,
+        get_vocab_size=lambda: VOCAB,
+        get_hidden_size=lambda: HIDDEN,
+    )
 
 
 @pytest.fixture
@@ -147,6 +156,7 @@ def test_what_the_user_named_is_checked_before_the_engine_starts(
         ({"sources": ["suffix", "nobody"]}, OptionError, "unknown source 'nobody'; there are suff"),
         ({"datastore": str(tmp_path / "absent")}, DatastoreError, "cannot be read"),
         ({"prime": str(tmp_path / "absent")}, PrimeError, "cannot be read"),
+        ({"head": str(tmp_path / "absent")}, HydraError, "cannot be read"),
     ]
     for given, error, message in cases:
         with pytest.raises(error, match=message):
@@ -202,6 +212,59 @@ def test_a_model_that_is_not_here_is_not_primed(
     assert caplog.records == []
     with pytest.raises(IdentityError, match="neither a folder nor"):
         first_draft(absent, prime="/some/file")
+
+
+def head_saying(token: int) -> HydraHead:
+    """A head that expects `token`, whatever it sees."""
+    return HydraHead(
+        tokens=torch.tensor([ord("t"), token]),
+        inner=torch.zeros(3, HIDDEN),
+        inputs=torch.zeros(VOCAB, 3),
+        outer=torch.zeros(HIDDEN, 3),
+        scale=torch.ones(HIDDEN),
+        gain=torch.ones(HIDDEN),
+        outputs=torch.zeros(3, HIDDEN),
+        bias=torch.tensor([0.0, 9.0, 0.0]),
+    )
+
+
+def watching(made: Any) -> tuple[int, ...]:
+    made.start("r", text("at"), greedy=True)
+    made.see(["r"], torch.ones(1, HIDDEN))
+    return made.propose(["r"])[0].tokens[:1]
+
+
+def test_a_head_is_found_in_the_cache_and_sees_states(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not drafter(model, "dyspec").watches
+    identity = identity_of(Path(model.model))
+    path = head_path(identity)
+    head_saying(ord("e")).save(path, identity)
+    made = drafter(model, "dyspec")
+    assert made.watches
+    assert watching(made) == (ord("e"),)
+    assert watching(drafter(model, "dyspec", head="off")) == ()
+    assert watching(drafter(model, "dyspec", head=str(path))) == (ord("e"),)
+    path.write_bytes(b"nonsense" * 9)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "vllm.vllm_ext"):
+        assert watching(drafter(model, "dyspec")) == ()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "without a head" in caplog.text
+    with pytest.raises(HydraError, match="draft head"):
+        drafter(model, "dyspec", head=str(path))
+
+
+def test_a_head_that_fails_is_disabled(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    identity = identity_of(Path(model.model))
+    head_saying(ord("e")).save(head_path(identity), identity)
+    made = drafter(model, "dyspec")
+    made.start("r", text("at"), greedy=True)
+    made.see(["r"], torch.ones(1, HIDDEN + 1))  # states of another model
+    assert made.propose(["r"])[0].tokens == ()
+    assert not made.watches
+    assert "source 'head' is disabled" in caplog.text
 
 
 def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:

@@ -397,6 +397,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ids = np.arange(2 * 8, dtype=np.int32).reshape(-1, 8) % VOCAB
     table = PrimeTable(np.arange(2, dtype=np.int32), ids, np.full((2, 8), 0.1, np.float32))
     table.save(folder / "prime", identity_of(model))
+    make_head().save(folder / "head", identity_of(model))
     (folder / "text.txt").write_text("the cat sat on the mat " * 9)
     build(
         [folder / "text.txt"],
@@ -405,7 +406,59 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tokenizer=tokenizer_hash(model),
         vocab_size=VOCAB,
     )
-    return {"model": model, "prime": str(folder / "prime"), "datastore": str(folder / "store")}
+    files = {"prime": "prime", "datastore": "store", "head": "head"}
+    return {"model": model, **{name: str(folder / file) for name, file in files.items()}}
+
+
+def make_head() -> Any:
+    """A random draft head of the tiny model; what it drafts is mostly wrong."""
+    import torch
+
+    from proposers.hydra import HydraHead
+
+    drawn = torch.Generator().manual_seed(0)
+    shapes = {
+        "inner": (16, 64),
+        "inputs": (VOCAB, 16),
+        "outer": (64, 16),
+        "scale": (64,),
+        "gain": (64,),
+        "outputs": (VOCAB + 1, 64),
+        "bias": (VOCAB + 1,),
+    }
+    parts = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
+    return HydraHead(tokens=torch.arange(VOCAB), **parts)
+
+
+def test_a_head_sees_the_state_that_the_newest_token_was_drawn_from(
+    resources: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.mutants.MutantWorker")
+    options = {"method": "dyspec", "max_nodes": 12, "adaptive": False, "head": resources["head"]}
+    engine = make_engine(resources["model"], options)
+    try:
+        engine.collective_rpc("record_states")
+        requests = prompts(6, seed=72)
+        for case in (params(ignore_eos=True), params(temperature=0.9, seed=3, ignore_eos=True)):
+            texts(engine, requests, case)
+        counters = engine.collective_rpc("tree_counters")[0]
+        (seen,) = engine.collective_rpc("recorded_states")
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    assert counters["accepted_tokens"] > 20  # so that states come from rows of trees as well
+    assert counters["branching_trees"] > 5
+    assert len(seen) > 50
+    model = AutoModelForCausalLM.from_pretrained(resources["model"], dtype=torch.float32)
+    one_off = 0
+    for known, state in seen:
+        with torch.inference_mode():
+            states = model.model(torch.tensor([known])).last_hidden_state[0]
+        torch.testing.assert_close(torch.tensor(state), states[-2], rtol=1e-3, atol=1e-3)
+        one_off += bool(torch.allclose(torch.tensor(state), states[-1], rtol=1e-2, atol=1e-2))
+    assert one_off < len(seen) / 4  # control: a neighbouring row's state is another one
 
 
 @pytest.mark.parametrize(
@@ -418,6 +471,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("copy", {}),
         ("datastore", {"datastore": True}),
         ("dyspec", {"sources": ["suffix", "copy", "store", "bigram", "failing"], "prime": True}),
+        ("dyspec", {"sources": ["bigram"], "head": True}),
     ],
 )
 def test_every_method_gives_the_same_tokens(

@@ -7,7 +7,18 @@ runs, so that ``vllm-ext doctor`` can say what is missing on a machine without i
 
 import typer
 
-from vllm_ext.cli import bench, datastore, distill, doctor, methods, model, prime, report, verify
+from vllm_ext.cli import (
+    bench,
+    datastore,
+    distill,
+    doctor,
+    head,
+    methods,
+    model,
+    prime,
+    report,
+    verify,
+)
 
 app = typer.Typer(
     name="vllm-ext",
@@ -22,6 +33,7 @@ app.command("verify", epilog=verify.EPILOG)(verify.command)
 app.command("doctor")(doctor.command)
 app.command("methods")(methods.command)
 app.command("prime")(prime.command)
+app.command("head")(head.command)
 app.command("distill")(distill.command)
 app.add_typer(model.app, name="model")
 app.add_typer(datastore.app, name="datastore")

@@ -50,7 +50,7 @@ def command(
 
     model = engines.model_argument(model)
     try:
-        identity = identity_of(local_folder(_downloaded(model)))
+        identity = identity_of(local_folder(downloaded(model)))
     except IdentityError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -103,7 +103,7 @@ def ask(llm: Any, anchor: int, tokens: Sequence[int], advance: Advance) -> Prime
     return table_of(tokens, answers)
 
 
-def _downloaded(model: str) -> str:
+def downloaded(model: str) -> str:
     """`model`, fetched if it is a Hugging Face name that is not on this machine yet."""
     if not Path(model).is_dir():
         from huggingface_hub import snapshot_download

@@ -38,3 +38,17 @@ def progress(description: str, total: int) -> Iterator[Advance]:
             bar.update(task, advance=steps, doing=doing)
 
         yield advance
+
+
+def whole_seconds(advance: Advance) -> Callable[[float, str], None]:
+    """For a bar that counts whole seconds: takes fractions, which wait."""
+    spent = shown = 0.0
+
+    def more(seconds: float, doing: str) -> None:
+        nonlocal spent, shown
+        spent += seconds
+        step = int(spent - shown)
+        shown += step
+        advance(step, doing)
+
+    return more

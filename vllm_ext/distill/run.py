@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vllm_ext.cli.environment import describe
-from vllm_ext.cli.progress import progress
+from vllm_ext.cli.progress import progress, whole_seconds
 from vllm_ext.distill import data, evaluate
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.student import (
@@ -255,14 +255,14 @@ class _Distilling:
                 ),
                 budget,
                 self._clock,
-                _whole(advance),
+                whole_seconds(advance),
             )
 
     def _train(self, student: Any, budget: float) -> Progress:
         found = data.load(self._space.hidden / "data")
         self._say(f"training: {found.tokens.numel()} tokens, {budget:.0f} s")
         with progress("training", total=round(budget)) as advance:
-            whole = _whole(advance)
+            whole = whole_seconds(advance)
             return train(
                 student,
                 found,
@@ -324,20 +324,6 @@ def _identity(job: Job, plan: Plan, device: torch.device) -> dict[str, Any]:
         }
     except IdentityError as error:
         raise DistillError(str(error)) from error
-
-
-def _whole(advance: Callable[[int, str], None]) -> Callable[[float, str], None]:
-    """A bar counts whole seconds; fractions wait."""
-    spent = shown = 0.0
-
-    def more(seconds: float, doing: str) -> None:
-        nonlocal spent, shown
-        spent += seconds
-        step = int(spent - shown)
-        shown += step
-        advance(step, doing)
-
-    return more
 
 
 def _stand(state: Progress) -> str:

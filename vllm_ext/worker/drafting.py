@@ -132,6 +132,34 @@ class Drafting:
             else:  # new, or its text was changed behind our back
                 self.start(request_id, state)
 
+    def see(
+        self,
+        step: Step,
+        walked: WalkResult,
+        request_ids: Sequence[str],
+        tokens: Sequence[Sequence[int]],
+        hidden: torch.Tensor,
+    ) -> None:
+        """Show the drafter the hidden states that the newest tokens were drawn from.
+
+        Args:
+            step: what was verified.
+            walked: which nodes were accepted.
+            request_ids: the batch.
+            tokens: what each request emitted.
+            hidden: the target's last hidden states at the rows of `step`, [rows, D].
+        """
+        if not self.drafter.watches:
+            return
+        seen, rows = [], []
+        for index, request_id in enumerate(request_ids):
+            if tokens[index] and request_id in self._known:
+                path = walked.paths[index]
+                seen.append(request_id)
+                rows.append(step.starts[index] + (1 + path[-1] if path else 0))
+        if seen:
+            self.drafter.see(seen, hidden[torch.tensor(rows, device=hidden.device)].cpu())
+
     def learn_prompt(self, state: Any, positions: Sequence[int], seen: Candidates) -> None:
         """Learn the candidates at prompt positions.
 

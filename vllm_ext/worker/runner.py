@@ -239,6 +239,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
         sampled_token_ids: Any,
         sampling_metadata: Any,
         hidden_states: Any,
+        sample_hidden_states: Any,
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
@@ -255,7 +256,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
             prompts = self._observe_prompts(scheduler_output, request_ids, hidden_states)
             if group.rank_in_group == 0:
                 trees = self._try_to_draft(
-                    scheduler_output, request_ids, sampled_token_ids, prompts
+                    scheduler_output, request_ids, sampled_token_ids, prompts, sample_hidden_states
                 )
             if group.world_size > 1:
                 # Latencies differ between ranks, hence so would trees: rank 0 decides for all.
@@ -292,12 +293,14 @@ class TreeRunnerMixin(SampledDraftsMixin):
         request_ids: list[str],
         tokens: Any,
         prompts: list[tuple[str, range, Candidates]],
+        hidden: torch.Tensor,
     ) -> dict[str, TokenTree]:
         drafting: Drafting = self._drafting
         self._settle_pearl(dict(zip(request_ids, tokens, strict=True)))
         for request_id, positions, seen in prompts:
             drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
+        drafting.see(self._step, self._walked, request_ids, tokens, hidden)
         self._learn_draws(request_ids, self._walked)
         ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
         limits = {
