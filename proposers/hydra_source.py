@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts from a Hydra head (see `hydra`): what the mixture asks, answered in small products.
+"""Drafts from a Hydra head (see `hydra`) as a source of the mixture.
 
-A drafted node costs one step of the head, whose time is that of reading its matrices: they are
-kept in 8 bits (`rounded`). The mixture learns from acceptance what the head is worth.
+A node costs one step of the head (`hydra_kernel`). The mixture learns from acceptance what the head
+is worth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from proposers.hydra import HydraHead
-from proposers.rounded import RoundedMatrix
+from proposers.hydra_kernel import Floats, HydraKernel, floats
 from proposers.source import Candidates, VerifiedRows
 
 WIDTH = 16
@@ -29,11 +28,7 @@ _GREEDY_POWER = 1.5
 q is sharpened to softmax(power * logits).
 """
 
-_EPSILON = np.float32(np.finfo(np.float32).eps)
-_HALF = np.float32(0.5)
 _NOTHING: tuple[int, Candidates] = (0, {})
-
-Floats: TypeAlias = NDArray[np.float32]
 
 
 class _Context:
@@ -64,12 +59,7 @@ class HydraSource:
 
     def __init__(self, head: HydraHead) -> None:
         self._tokens: list[int] = head.tokens.tolist()
-        self._inputs = head.inputs
-        self._inner = RoundedMatrix(_floats(head.inner) * _floats(head.scale))
-        self._outer = RoundedMatrix(_floats(head.outer))
-        self._outputs = RoundedMatrix(_floats(head.outputs))
-        self._gain = _floats(head.gain)
-        self._bias = _floats(head.bias)
+        self._kernel = HydraKernel(head)
         self._requests: dict[str, tuple[bool, int]] = {}  # greedy, last token
         self._roots: dict[str, _Context] = {}
 
@@ -96,10 +86,10 @@ class HydraSource:
 
     def see(self, requests: Sequence[str], states: Tensor) -> None:
         """See `StateSource.see`."""
-        for request, state in zip(requests, _floats(states), strict=True):
+        for request, state in zip(requests, floats(states), strict=True):
             greedy, last = self._requests[request]
             # Placeholders of multimodal inputs are no tokens.
-            above = state if 0 <= last < len(self._inputs) else None
+            above = state if 0 <= last < self._kernel.vocab_size else None
             self._roots[request] = _Context(above, last, greedy=greedy, root=True)
 
     def root(self, request: str) -> _Context:
@@ -124,36 +114,18 @@ class HydraSource:
 
     def _fill(self, contexts: Sequence[_Context]) -> None:
         above = np.stack([c.above for c in contexts if c.above is not None])
-        states = self._step(above, torch.tensor([c.token for c in contexts]))
-        logits = self._outputs.times(states) + self._bias
-        logits *= np.array([_GREEDY_POWER if c.greedy else 1.0 for c in contexts], np.float32)[
-            :, None
-        ]
-        norms = torch.from_numpy(logits).logsumexp(-1, keepdim=True)
+        powers = np.array([_GREEDY_POWER if c.greedy else 1.0 for c in contexts], np.float32)
+        states, logits, norms = self._kernel.step(above, [c.token for c in contexts], powers)
         best = torch.from_numpy(logits[:, :-1]).topk(min(WIDTH, len(self._tokens)))
-        probs = (best.values - norms).exp().tolist()
-        for context, state, values, places in zip(
-            contexts, states, probs, best.indices.tolist(), strict=True
-        ):
-            pairs = zip(places, values, strict=True)
-            found = {self._tokens[place]: q for place, q in pairs if q > _NEGLIGIBLE}
+        rows = zip(best.values.tolist(), best.indices.tolist(), norms.tolist(), strict=True)
+        for context, state, (values, places, norm) in zip(contexts, states, rows, strict=True):
+            found = {}
+            for place, value in zip(places, values, strict=True):
+                q = math.exp(value - norm)
+                if q <= _NEGLIGIBLE:
+                    break
+                found[self._tokens[place]] = q
             context.state = state
-            context.answer = (2 if values[0] >= _SURE else 1, found) if found else _NOTHING
-
-    def _step(self, states: Floats, tokens: Tensor) -> Floats:
-        """`HydraHead.step`, in NumPy."""
-        normed = _normed(states)
-        mixed = self._inner.times(normed) + _floats(self._inputs[tokens])
-        mixed /= 1 + np.exp(-mixed)  # silu
-        return _normed(normed * _HALF + self._outer.times(mixed)) * self._gain
-
-
-def _normed(rows: Floats) -> Floats:
-    square = np.einsum("nd,nd->n", rows, rows) / rows.shape[1]
-    normed: Floats = rows / np.sqrt(square + _EPSILON)[:, None]
-    return normed
-
-
-def _floats(tensor: Tensor) -> Floats:
-    array: Floats = tensor.float().numpy()
-    return array
+            context.answer = (
+                (2 if max(found.values()) >= _SURE else 1, found) if found else _NOTHING
+            )

@@ -114,7 +114,14 @@ WORKER = (
     Hook(
         "propose",
         f"{_RUNNER}.propose_draft_token_ids",
-        ("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states"),
+        (
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+        ),
         "our drafter needs request ids, logits and sampling parameters; custom_class gets none",
         _PLUGGABLE,
     ),

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from proposers import Mixture
+from proposers import Mixture, hydra_kernel
 from proposers.hydra import KIND, HydraError, HydraHead
+from proposers.hydra_kernel import HydraKernel
 from proposers.hydra_source import HydraSource
 
 VOCAB, KNOWN, HIDDEN, INNER = 50, 12, 8, 6
@@ -115,13 +116,13 @@ def test_a_batch_is_answered_as_each_request_alone() -> None:
 
 def test_roots_of_a_batch_are_computed_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = HydraSource._step
+    original = HydraKernel.step
 
-    def counted(self: HydraSource, states: Any, tokens: torch.Tensor) -> Any:
+    def counted(self: HydraKernel, states: Any, tokens: list[int], powers: Any) -> Any:
         sizes.append(len(states))
-        return original(self, states, tokens)
+        return original(self, states, tokens, powers)
 
-    monkeypatch.setattr(HydraSource, "_step", counted)
+    monkeypatch.setattr(HydraKernel, "step", counted)
     source = started(made(), False, "a", "b", "c")
     source.see(["a", "b", "c"], torch.ones(3, HIDDEN))
     assert not sizes  # a step without a draft costs nothing
@@ -236,9 +237,25 @@ def test_another_files_tensors_are_refused(tmp_path: Path) -> None:
         HydraHead.load(path, IDENTITY, VOCAB, HIDDEN)
 
 
-def test_the_source_steps_as_the_network_does() -> None:
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_kernel_steps_as_the_network_does(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiles:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(hydra_kernel, "compiled", lambda: None)
     head = made()
     states = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(3))
-    tokens = torch.tensor([0, 7, 7, 49])
-    found = torch.from_numpy(HydraSource(head)._step(states.numpy(), tokens))
-    torch.testing.assert_close(found, head.step(states, tokens), rtol=1e-4, atol=1e-5)
+    tokens, powers = [0, 7, 7, 49], torch.tensor([1.0, 2.0, 1.0, 0.5])
+    kernel = HydraKernel(head)
+    moved, logits, norms = map(
+        torch.from_numpy, kernel.step(states.numpy(), tokens, powers.numpy())
+    )
+    expected = head.step(states, torch.tensor(tokens))
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    scaled = head.logits(expected) * powers[:, None]
+    torch.testing.assert_close(logits, scaled, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norms, scaled.logsumexp(-1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=f"size {HIDDEN + 1} for a head of size {HIDDEN}"):
+        kernel.step(torch.ones(1, HIDDEN + 1).numpy(), [0], powers[:1].numpy())

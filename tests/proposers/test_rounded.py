@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proposers import rounded
 from proposers.rounded import RoundedMatrix
 
 
@@ -29,18 +27,3 @@ def test_a_product_is_as_exact_as_eight_bits_allow(
     allowed = np.abs(vectors).sum(axis=1)[:, None] * scales / 2
     assert (np.abs(found - vectors @ matrix.T) <= allowed * 1.001 + 1e-4).all()
     assert (found[:, 0] == 0).all()
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_compiled_and_numpy_agree(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
-    matrix, vectors = drawn(33, 70, count, 1)
-    compiled = RoundedMatrix(matrix).times(vectors)
-    monkeypatch.setattr(rounded, "compiled", lambda: None)
-    assert RoundedMatrix(matrix).times(vectors) == pytest.approx(compiled, rel=1e-4, abs=1e-4)
-
-
-def test_vectors_need_not_be_contiguous() -> None:
-    matrix, vectors = drawn(5, 8, 4, 2)
-    made = RoundedMatrix(matrix)
-    assert made.times(vectors[::2]) == pytest.approx(made.times(vectors)[::2])
