@@ -5,6 +5,9 @@ Importing this package needs neither vLLM nor torch: each command imports the en
 runs, so that ``vllm-ext doctor`` can say what is missing on a machine without it.
 """
 
+import signal
+import sys
+
 import typer
 
 from vllm_ext.cli import (
@@ -41,4 +44,6 @@ app.add_typer(datastore.app, name="datastore")
 
 def main() -> None:
     """Run the command line; exit codes: 0 success, 1 failed check, 2 usage error."""
+    # An exception instead of the default, which would leave the engines that were started behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()

@@ -17,7 +17,24 @@ def test_the_command_line_imports_neither_vllm_nor_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["bench", "verify", "doctor", "methods", "model"])
+def test_a_terminated_command_stops_what_it_started(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, pathlib, vllm_ext.cli as cli
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        pathlib.Path({str(tmp_path / "stopped")!r}).touch()
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 128 + 15
+    assert (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize("command", ["bench", "verify", "doctor", "methods", "model", "head"])
 def test_every_command_has_help(command: str) -> None:
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
