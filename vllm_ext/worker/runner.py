@@ -14,10 +14,8 @@ One step::
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,19 +23,19 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
-from vllm.v1.worker import gpu_model_runner
 
-from logits_processors.vllm_v1 import V1Processor
 from proposers.cost_model import AttentionCost
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
-from vllm_ext.request_options import node_cap
+from vllm_ext.worker.calibration import CalibrationMixin
 from vllm_ext.worker.commit import commit
+from vllm_ext.worker.counting import CountingMixin
 from vllm_ext.worker.drafting import Candidates, Drafting, batch_limit, candidates, node_limit
 from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
+from vllm_ext.worker.processing import ProcessorsMixin, processors_built_under_speculation
 from vllm_ext.worker.ratio_walk import ratio_walk
 from vllm_ext.worker.sampled_runner import SampledDraftsMixin
 from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
@@ -45,19 +43,12 @@ from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
 
 logger = init_logger("vllm.vllm_ext")
 
-_CALIBRATION_ROUNDS = 5
 _MOST_FAILURES = 8.0
 _FORGIVEN = 0.01
 """Failures of drafting after which it stays off, and what each step that succeeds takes back."""
-_SURE_ROUNDS = 2  # the first may compile or warm up
-_SECONDS_PER_COUNT = 0.5
-_LONGEST_PASS = 1.0
-"""Start-up time: more rounds of a row count only within the former, and no larger count once a pass
-takes longer than the latter; what lies beyond follows the mean slope.
-"""
 
 
-class TreeRunnerMixin(SampledDraftsMixin):
+class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledDraftsMixin):
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
@@ -71,7 +62,7 @@ class TreeRunnerMixin(SampledDraftsMixin):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         self._method, self._options = read_options(vllm_config)
-        with _processors_built_under_speculation():
+        with processors_built_under_speculation():
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
         scheduler = vllm_config.scheduler_config
         self._token_budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
@@ -122,35 +113,6 @@ class TreeRunnerMixin(SampledDraftsMixin):
         )
 
     @torch.inference_mode()
-    def measure_forward(self: Any, row_counts: Sequence[int]) -> list[tuple[int, float]]:
-        """Seconds of a forward pass over dummy tokens, logits included, by row count.
-
-        The best of several rounds over all counts: a busy moment of the machine then hits every
-        count, not one of them, and cannot make rows look free. Large counts have fewer rounds.
-        """
-        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
-        best: dict[int, float] = {}
-        for done in range(_CALIBRATION_ROUNDS):
-            for rows in [rows for rows in row_counts if rows <= most]:
-                if not self._agreed(_worth_measuring(best, rows, done)):
-                    continue
-                begin = time.perf_counter()
-                hidden, _ = self._dummy_run(rows)
-                logits = None
-                if self.lora_config is None:  # a dummy run maps adapters to requests, not to rows
-                    logits = self.model.compute_logits(hidden[:rows])
-                self._sync_device()
-                taken = time.perf_counter() - begin
-                if logits is not None and not best:
-                    candidates(logits)  # compiled, or loaded, before the first request comes
-                best[rows] = min(best.get(rows, taken), taken)
-        return list(best.items())
-
-    def _agreed(self, here: bool) -> bool:
-        """What rank 0 decides: clocks differ between ranks, and a pass needs all of them."""
-        group = get_tp_group()
-        return here if group.world_size == 1 else bool(group.broadcast_object(here, src=0))
-
     # -- one step ---------------------------------------------------------------------------------
 
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -323,20 +285,6 @@ class TreeRunnerMixin(SampledDraftsMixin):
         self._count_decisions(drafting, ready)
         return drafting.trees
 
-    def _prune_forbidden(
-        self: Any, trees: dict[str, TokenTree], request_ids: Sequence[str]
-    ) -> None:
-        """Drop drafted nodes that a constraint forbids: they cost rows and cannot be drawn."""
-        processors = [p for p in self.input_batch.logitsprocs.all if isinstance(p, V1Processor)]
-        for row, request_id in enumerate(request_ids):
-            tree = trees.get(request_id)
-            if not tree:
-                continue
-            for processor in processors:
-                keep = processor.viable(row, tree.tokens, tree.parents)
-                if keep is not None:
-                    trees[request_id] = tree = tree.pruned(keep)
-
     def _observe_prompts(
         self: Any, scheduler_output: Any, request_ids: list[str], hidden_states: Any
     ) -> list[tuple[str, range, Candidates]]:
@@ -371,26 +319,6 @@ class TreeRunnerMixin(SampledDraftsMixin):
 
     # -- helpers ----------------------------------------------------------------------------------
 
-    def _update_processors(self: Any, live: Sequence[int]) -> None:
-        """Between levels: processors look at the output tokens, which now end in the path.
-
-        Ours are also told whose draw is thrown away: what they learn from draws must not see those.
-        """
-        for processor in self.input_batch.logitsprocs.all:
-            processor.update_state(None)
-            if isinstance(processor, V1Processor):
-                processor.idle = set(range(self.input_batch.num_reqs)) - set(live)
-
-    @contextmanager
-    def _processors_walking(self: Any) -> Iterator[None]:
-        """Outside the walk every row's draw counts."""
-        try:
-            yield
-        finally:
-            for processor in self.input_batch.logitsprocs.all:
-                if isinstance(processor, V1Processor):
-                    processor.idle = ()
-
     def _undrawn(self: Any) -> list[int]:
         """Requests whose generator must not advance; the stock runner rolls GPU generators back."""
         return []
@@ -402,62 +330,3 @@ class TreeRunnerMixin(SampledDraftsMixin):
             slots = self.input_batch.block_table[gid].slot_mapping.gpu
             mappings.update(dict.fromkeys(group.layer_names, slots))
         return mappings
-
-    def _count_decisions(self: Any, drafting: Drafting, request_ids: Sequence[str]) -> None:
-        """Update the counters of what was decided about drafting."""
-        gate, counters = drafting.drafter.gate, self._counters
-        if gate is not None:
-            counters.add("paused_steps", float(not gate.is_open))
-            counters.add("pauses", gate.switches - self._switches)
-            self._switches = gate.switches
-        extras = (self.requests[r].sampling_params.extra_args for r in request_ids)
-        counters.add("capped_requests", sum(node_cap(extra) is not None for extra in extras))
-
-    def _count(self: Any, tokens: Any, seconds: float) -> None:
-        """Update the counters after one step."""
-        step: Step = self._step
-        emitted = [len(t) for t in tokens]
-        counters: Counters = self._counters
-        if not any(emitted):
-            return
-        sizes = [len(tree) for tree, e in zip(step.trees, emitted, strict=True) if e]
-        counters.add("steps", 1)
-        counters.add("steps_without_draft", float(not any(sizes)))
-        counters.add("request_steps", len(sizes))
-        counters.add("drafted_nodes", sum(sizes))
-        counters.add("branching_trees", len(step.attention.trees) if step.attention else 0)
-        counters.add("drawn_trees", sum(rule is not None for rule in self._verifications))
-        counters.add("accepted_tokens", sum(e - 1 for e in emitted if e))
-        counters.add("emitted_tokens", sum(emitted))
-        counters.add("drafting_seconds", seconds)
-        counters.add("chain_fallbacks", step.strangers)
-        for size in sizes:
-            counters.observe_tree(size)
-
-
-def _worth_measuring(best: Mapping[int, float], rows: int, done: int) -> bool:
-    """Whether to time a pass of ``rows`` rows, given the best times in ``done`` rounds so far."""
-    if rows not in best:
-        return done == 0 and max(best.values(), default=0.0) <= _LONGEST_PASS
-    return done < _SURE_ROUNDS or (done + 1) * best[rows] <= _SECONDS_PER_COUNT
-
-
-@contextmanager
-def _processors_built_under_speculation() -> Iterator[None]:
-    """Let vLLM build min_p, logit_bias and custom logits processors although speculation is on.
-
-    The stock function refuses or drops them because its rejection sampler would ignore them; the
-    walk honours them.  The name is replaced in the runner's module only while the runner is made.
-    """
-    original = gpu_model_runner.build_logitsprocs
-
-    def build(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = copy.copy(vllm_config)
-        hidden.speculative_config = None
-        return original(hidden, *args, **kwargs)
-
-    gpu_model_runner.build_logitsprocs = build
-    try:
-        yield
-    finally:
-        gpu_model_runner.build_logitsprocs = original

@@ -14,7 +14,7 @@ import torch
 from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from tests.vllm_ext.logs import logged
-from vllm_ext.worker import runner as runner_module
+from vllm_ext.worker import calibration
 from vllm_ext.worker.runner import TreeRunnerMixin
 
 
@@ -149,9 +149,9 @@ class Measured(TreeRunnerMixin):
         self.max_num_reqs, self.num_spec_tokens = requests, 31
         self.passes: list[int] = []
         self.now = 0.0
-        monkeypatch.setattr(runner_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(calibration.time, "perf_counter", lambda: self.now)
         one = SimpleNamespace(world_size=1)
-        monkeypatch.setattr(runner_module, "get_tp_group", lambda: one)
+        monkeypatch.setattr(calibration, "get_tp_group", lambda: one)
 
     def _dummy_run(self, rows: int) -> tuple[Any, None]:
         self.passes.append(rows)
@@ -186,7 +186,7 @@ def test_start_up_compiles_what_reads_candidates(monkeypatch: Any) -> None:
     made._dummy_run = lambda rows: (torch.zeros(rows, 4), None)
     made.model = SimpleNamespace(compute_logits=lambda hidden: hidden.new_zeros(len(hidden), 7))
     read: list[Any] = []
-    monkeypatch.setattr(runner_module, "candidates", lambda logits: read.append(logits.shape))
+    monkeypatch.setattr(calibration, "candidates", lambda logits: read.append(logits.shape))
     made.measure_forward((2, 8))
     assert read == [(2, 7)]
 
@@ -198,7 +198,7 @@ def test_ranks_measure_the_same_passes(monkeypatch: Any) -> None:
     group = SimpleNamespace(
         world_size=2, broadcast_object=lambda here, src: (said.append(here), True)[1]
     )
-    monkeypatch.setattr(runner_module, "get_tp_group", lambda: group)
+    monkeypatch.setattr(calibration, "get_tp_group", lambda: group)
     made.measure_forward((1, 2, 4))
     assert made.passes == [1, 2, 4] * 5
     assert not all(said)
