@@ -42,7 +42,7 @@ class HeadPlan:
         context: most tokens of a text.
     """
 
-    writing: float = 0.3
+    writing: float = 0.4
     answer: int = 220
     held_out: int = 16
     context: int = 1024
