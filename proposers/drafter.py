@@ -10,9 +10,7 @@ grower's part; by default the sources of Token Recycling (arXiv 2408.08696) and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions
@@ -23,6 +21,9 @@ from proposers.recycling import BigramRecycling, TrigramRecycling
 from proposers.source import Source, StateSource, VerifiedRows
 from proposers.suffix import SuffixSource
 from proposers.tree import TokenTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Request:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from proposers.source import Candidates, Source, State, StateSource, VerifiedRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_CANDIDATES = 64
 MAX_BUCKET = 15
