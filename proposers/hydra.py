@@ -59,6 +59,10 @@ class HydraHead:
     outputs: Tensor
     bias: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def step(self, states: Tensor, tokens: Tensor) -> Tensor:
         """States [N, D] after one more token each, given by its id, int64 [N]."""
         return self.move(states, self.inputs[tokens])
@@ -83,7 +87,7 @@ class HydraHead:
         """
         from safetensors.torch import save
 
-        tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         stored.write(path, save(tensors, metadata=KIND.metadata(identity)))
 
     @classmethod
@@ -102,15 +106,9 @@ class HydraHead:
             HydraError: if it cannot be read, is no such head, is damaged, or belongs to another
                 model.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        try:
-            tensors = load(stored.read(path, KIND, identity))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, HydraError):
-                raise
-            raise HydraError(f"draft head {path}: cannot be read ({error})") from error
+        tensors = stored.load(path, KIND, identity, load)
         return _checked(path, tensors, vocab_size, hidden_size)
 
 
@@ -122,7 +120,12 @@ def _checked(
     if sorted(tensors) != sorted(names):
         raise HydraError(f"draft head {path}: holds {sorted(tensors)}, not {sorted(names)}")
     head = HydraHead(**tensors)
-    known, inner = len(head.tokens), head.inner.shape[0]
+    if head.tokens.ndim != 1 or head.inner.ndim != 2 or not head.inner.numel():
+        raise HydraError(
+            f"draft head {path}: tokens and inner have the shapes {tuple(head.tokens.shape)} and "
+            f"{tuple(head.inner.shape)}, not (V,) and (M, D)"
+        )
+    known, inner = len(head.tokens), len(head.inner)
     shapes = {
         "tokens": (known,),
         "inner": (inner, hidden_size),

@@ -69,14 +69,13 @@ class HydraKernel:
         if states.shape[1] != self.size:
             raise ValueError(f"states of size {states.shape[1]} for a head of size {self.size}")
         read = floats(self._inputs[tokens])
-        if compiled() is None:
+        run = compiled()
+        if run is None:
             return self._plain_step(states, read, powers)
         moved = np.empty_like(states)
         logits = np.empty((len(states), len(self._bias)), np.float32)
         norms = np.empty(len(states), np.float32)
-        for matrix in (states, read):
-            assert matrix.flags.c_contiguous
-        compiled()(  # type: ignore[misc]
+        run(
             *(self._inner.values, self._inner.scales),
             *(self._outer.values, self._outer.scales),
             *(self._outputs.values, self._outputs.scales),

@@ -126,6 +126,5 @@ class HydraSource:
                     break
                 found[self._tokens[place]] = q
             context.state = state
-            context.answer = (
-                (2 if max(found.values()) >= _SURE else 1, found) if found else _NOTHING
-            )
+            if found:
+                context.answer = (2 if max(found.values()) >= _SURE else 1), found

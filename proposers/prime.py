@@ -76,15 +76,9 @@ class PrimeTable:
             PrimeError: if it cannot be read, is no such table, is damaged, or belongs to another
                 model.
         """
-        from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        try:
-            tensors = load(stored.read(path, KIND, identity))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, PrimeError):
-                raise
-            raise PrimeError(f"prime table {path}: cannot be read ({error})") from error
+        tensors = stored.load(path, KIND, identity, load)
         return cls(*_checked(path, tensors, vocab_size))
 
 

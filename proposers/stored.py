@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 _MAX_HEADER = 1 << 16
+
+T = TypeVar("T")
 
 
 class StoredError(ValueError):
@@ -45,7 +48,7 @@ class Kind:
         """A header's own entries.
 
         Args:
-            identity: what the file belongs to, in plain strings; `read` compares it.
+            identity: what the file belongs to, in plain strings; `load` compares it.
         """
         return {**identity, "format": self.format, "version": self.version}
 
@@ -64,18 +67,32 @@ def write(path: Path, payload: bytes) -> None:
         raise
 
 
-def read(path: Path, kind: Kind, identity: Mapping[str, str]) -> bytes:
-    """The contents of a file, once its header fits.
+def load(
+    path: Path, kind: Kind, identity: Mapping[str, str], parse: Callable[[bytes], dict[str, T]]
+) -> dict[str, T]:
+    """The tensors of a file, once its header fits.
 
     Args:
         path: of the file.
         kind: what it must be.
         identity: what it must belong to.
+        parse: safetensors' `load` for the wanted sort of tensor.
 
     Raises:
-        StoredError: the kind's own, if the file is no such file, too large, or another model's.
-        OSError: if it cannot be read.
+        StoredError: the kind's own, if it cannot be read, is no such file, too large, damaged, or
+            another model's.
     """
+    from safetensors import SafetensorError
+
+    try:
+        return parse(_read(path, kind, identity))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, kind.error):
+            raise
+        raise kind.error(f"{kind.noun} {path}: cannot be read ({error})") from error
+
+
+def _read(path: Path, kind: Kind, identity: Mapping[str, str]) -> bytes:
     metadata = read_metadata(path, kind)
     if path.stat().st_size > kind.most:
         raise kind.error(f"{kind.noun} {path}: larger than {kind.most} bytes")

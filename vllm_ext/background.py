@@ -19,6 +19,7 @@ from proposers.prime import PrimeTable
 from vllm_ext import prime
 from vllm_ext.config import is_ours, read_options
 from vllm_ext.identity import local_folder
+from vllm_ext.model_files import OFF, identity_of
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -35,7 +36,7 @@ def start(engine: Any) -> asyncio.Task[None] | None:
     if engine is None or not is_ours(engine.vllm_config.speculative_config):
         return None
     _, options = read_options(engine.vllm_config)
-    if getattr(options, "prime", prime.OFF) != prime.BACKGROUND:
+    if getattr(options, "prime", OFF) != prime.BACKGROUND:
         return None
     return asyncio.create_task(_prime(engine))
 
@@ -73,8 +74,8 @@ async def _prime(engine: Any) -> None:
             config.model_config.revision,
             config.load_config.download_dir,
         )
-        identity = await asyncio.to_thread(prime.identity_of, folder)
-        path: Path = prime.table_path(identity)
+        identity = await asyncio.to_thread(identity_of, folder)
+        path: Path = prime.TABLES.path(identity)
         if path.exists():
             return
         logger.info("vllm-ext: priming in the background, while nothing else is asked")

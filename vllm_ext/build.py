@@ -33,7 +33,7 @@ from proposers.source import Source
 from proposers.suffix import SuffixSource
 from proposers.template import StaticTemplate
 from proposers.trigram_store import TrigramStore
-from vllm_ext import head, prime
+from vllm_ext.head import HEADS
 from vllm_ext.identity import local_folder, tokenizer_hash
 from vllm_ext.methods import (
     AdedConfig,
@@ -44,6 +44,8 @@ from vllm_ext.methods import (
     TokenRecyclingConfig,
     TreeConfig,
 )
+from vllm_ext.model_files import OFF
+from vllm_ext.prime import TABLES
 
 _TRIGRAMS = 2**18
 
@@ -90,8 +92,8 @@ def check_resources(options: TreeConfig, model_config: Any, download_dir: str | 
     """
     plugin_registry(_names(options))
     _datastore(options, model_config, download_dir)
-    prime.check_path(getattr(options, "prime", prime.OFF), model_config, download_dir)
-    head.check_path(getattr(options, "head", head.OFF), model_config, download_dir)
+    TABLES.check(getattr(options, "prime", OFF), model_config, download_dir)
+    HEADS.check(getattr(options, "head", OFF), model_config, download_dir)
 
 
 def load_resources(options: TreeConfig, model_config: Any, download_dir: str | None) -> Resources:
@@ -100,12 +102,11 @@ def load_resources(options: TreeConfig, model_config: Any, download_dir: str | N
     Raises:
         ValueError: as `check_resources`; a file may have changed in between.
     """
-    option = getattr(options, "prime", prime.OFF)
     return Resources(
         vocab_size=model_config.get_vocab_size(),
         model=model_config.model,
-        prime=prime.load_for_engine(option, model_config, download_dir),
-        head=head.load_for_engine(getattr(options, "head", head.OFF), model_config, download_dir),
+        prime=TABLES.for_engine(getattr(options, "prime", OFF), model_config, download_dir),
+        head=HEADS.for_engine(getattr(options, "head", OFF), model_config, download_dir),
         datastore=_datastore(options, model_config, download_dir),
         plugins=plugin_registry(_names(options)),
     )
@@ -227,7 +228,7 @@ def _fenced(name: str, source: Source, resources: Resources) -> Source:
 def _file_sources(options: TreeConfig, resources: Resources) -> list[Source]:
     """Sources that an option with a value of its own switches on."""
     made: list[Source] = []
-    if resources.head is not None and getattr(options, "head", head.OFF) != head.OFF:
+    if resources.head is not None:
         made.append(_fenced("head", HydraSource(resources.head), resources))
     if resources.datastore is not None:
         store = DatastoreSource(resources.datastore, resources.vocab_size)

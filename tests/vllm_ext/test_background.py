@@ -62,9 +62,9 @@ class Engine:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(background, "local_folder", lambda *_: Path("m"))
-    monkeypatch.setattr(prime, "identity_of", lambda _: IDENTITY)
+    monkeypatch.setattr(background, "identity_of", lambda _: IDENTITY)
     monkeypatch.setattr(background, "_LOOK_SECONDS", 0.0)
-    return prime.table_path(IDENTITY)
+    return prime.TABLES.path(IDENTITY)
 
 
 def run(engine: Engine) -> bool:

@@ -21,10 +21,11 @@ from proposers.hydra import HydraError, HydraHead
 from proposers.prime import PrimeError, PrimeTable
 from proposers.registry import RegistrationError
 from vllm_ext.build import BUILT_IN, build_drafter, check_resources, load_resources
-from vllm_ext.head import head_path
+from vllm_ext.head import HEADS
 from vllm_ext.identity import IdentityError, model_hash, tokenizer_hash
 from vllm_ext.methods import METHODS, OptionError, parse_options
-from vllm_ext.prime import identity_of, table_path
+from vllm_ext.model_files import identity_of
+from vllm_ext.prime import TABLES
 
 VOCAB = 300
 HIDDEN = 4
@@ -176,7 +177,7 @@ def first_draft(model: Any, **given: Any) -> tuple[int, ...]:
 def test_a_primed_table_is_found_in_the_cache(model: Any) -> None:
     assert first_draft(model) == ()
     identity = identity_of(Path(model.model))
-    table().save(table_path(identity), identity)
+    table().save(TABLES.path(identity), identity)
     assert first_draft(model) == (ord("h"),)
     assert first_draft(model, prime="off") == ()
     (Path(model.model) / "model.safetensors").write_bytes(b"others!")
@@ -186,7 +187,7 @@ def test_a_primed_table_is_found_in_the_cache(model: Any) -> None:
 def test_a_broken_table_in_the_cache_costs_one_warning(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = table_path(identity_of(Path(model.model)))
+    path = TABLES.path(identity_of(Path(model.model)))
     path.parent.mkdir(parents=True)
     path.write_bytes(b"nonsense" * 9)
     with caplog.at_level(logging.INFO, "vllm.vllm_ext"):
@@ -239,7 +240,7 @@ def test_a_head_is_found_in_the_cache_and_sees_states(
 ) -> None:
     assert not drafter(model, "dyspec").watches
     identity = identity_of(Path(model.model))
-    path = head_path(identity)
+    path = HEADS.path(identity)
     head_saying(ord("e")).save(path, identity)
     made = drafter(model, "dyspec")
     assert made.watches
@@ -258,7 +259,7 @@ def test_a_head_is_found_in_the_cache_and_sees_states(
 
 def test_a_head_that_fails_is_disabled(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     identity = identity_of(Path(model.model))
-    head_saying(ord("e")).save(head_path(identity), identity)
+    head_saying(ord("e")).save(HEADS.path(identity), identity)
     made = drafter(model, "dyspec")
     made.start("r", text("at"), greedy=True)
     made.see(["r"], torch.ones(1, HIDDEN + 1))  # states of another model

@@ -390,7 +390,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from proposers.datastore_build import build
     from proposers.prime import PrimeTable
     from vllm_ext.identity import tokenizer_hash
-    from vllm_ext.prime import identity_of
+    from vllm_ext.model_files import identity_of
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     folder = tmp_path_factory.mktemp("resources")

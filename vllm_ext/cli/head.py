@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_ext.cli import engines, environment
+from vllm_ext.cli.model_file import destination
 from vllm_ext.cli.options import Model
 
 
@@ -45,39 +46,31 @@ def command(
     head in the cache (option `head`).
     """
     engines.require_vllm()
-    from vllm_ext.cli.prime import downloaded
     from vllm_ext.distill.errors import DistillError
-    from vllm_ext.head import head_path
+    from vllm_ext.head import HEADS
     from vllm_ext.heads.run import make_head
     from vllm_ext.heads.training import HeadSettings
-    from vllm_ext.identity import IdentityError, local_folder
-    from vllm_ext.prime import identity_of
 
+    to = destination(model, HEADS, out, force=force)
     try:
-        folder = local_folder(downloaded(engines.model_argument(model)))
-        path = out or head_path(identity_of(folder))
-        if path.exists() and not force:
-            typer.echo(f"{path} exists; --force makes it again")
-            return
         report = make_head(
-            folder,
-            path,
+            to.folder,
+            to.path,
+            to.identity,
             inputs or (),
             minutes,
             HeadSettings(tokens=tokens, inner=width, seed=seed),
             dtype or environment.fast_dtype(),
             typer.echo,
         )
-    except (DistillError, IdentityError, OSError) as error:
+    except (DistillError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     for line in shown(report):
         typer.echo(line)
     seconds = sum(report["seconds"].values())
     size = report["parameters"] / 1e6
-    typer.echo(
-        f"{path}: {size:.1f}M parameters in {seconds:.0f} s; see {path.with_suffix('.json')}"
-    )
+    typer.echo(f"{to.path}: {size:.1f}M parameters in {seconds:.0f} s; report in {to.path}.json")
 
 
 def shown(report: dict[str, Any]) -> list[str]:

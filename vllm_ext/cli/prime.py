@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_ext.cli import engines, environment
+from vllm_ext.cli.model_file import destination
 from vllm_ext.cli.options import Model
 from vllm_ext.cli.progress import Advance, progress
 from vllm_ext.prime import DEFAULT_TOKENS, default_anchor
@@ -45,23 +46,15 @@ def command(
     Engines with our methods find the table in the cache (option `prime`).
     """
     engines.require_vllm()
-    from vllm_ext.identity import IdentityError, local_folder
-    from vllm_ext.prime import identity_of, table_path
+    from vllm_ext.prime import TABLES
 
-    model = engines.model_argument(model)
-    try:
-        identity = identity_of(local_folder(downloaded(model)))
-    except IdentityError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    path = out or table_path(identity)
-    if path.exists() and not force:
-        typer.echo(f"{path} exists; --force makes it again")
-        return
+    to = destination(model, TABLES, out, force=force)
     begin = time.monotonic()
-    table = compute(model, tokens=tokens, anchor=anchor, dtype=dtype or environment.fast_dtype())
-    table.save(path, identity)
-    typer.echo(f"{path}: {len(table)} tokens in {time.monotonic() - begin:.0f} s")
+    table = compute(
+        str(to.folder), tokens=tokens, anchor=anchor, dtype=dtype or environment.fast_dtype()
+    )
+    table.save(to.path, to.identity)
+    typer.echo(f"{to.path}: {len(table)} tokens in {time.monotonic() - begin:.0f} s")
 
 
 def compute(model: str, *, tokens: int, anchor: int | None, dtype: str) -> PrimeTable:
@@ -101,12 +94,3 @@ def ask(llm: Any, anchor: int, tokens: Sequence[int], advance: Advance) -> Prime
             answers.append(output.outputs[0].logprobs[0])
         advance(len(part), "")
     return table_of(tokens, answers)
-
-
-def downloaded(model: str) -> str:
-    """`model`, fetched if it is a Hugging Face name that is not on this machine yet."""
-    if not Path(model).is_dir():
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(model)
-    return model

@@ -162,11 +162,11 @@ def write(
     )
     heat = torch.tensor([writer.temperature for writer in writers], device=device)[:, None]
     cache = DynamicCache(config=target.config)
-    labels: list[tuple[Tensor, Tensor]] = []
+    labelled: list[tuple[Tensor, Tensor]] = []
     read = tokens
     while True:
         hidden = target.model(read.to(device), past_key_values=cache).last_hidden_state
-        labels.append(_labels(target, hidden, top_k))
+        labelled.append(labels(target, hidden, top_k))
         advance(read.numel())
         if tokens.shape[1] == length:
             break
@@ -179,8 +179,8 @@ def write(
         tokens = torch.cat([tokens, read], dim=1)
     return Labelled(
         tokens.to(torch.int32),
-        torch.cat([ids for ids, _ in labels], dim=1),
-        torch.cat([probs for _, probs in labels], dim=1),
+        torch.cat([ids for ids, _ in labelled], dim=1),
+        torch.cat([probs for _, probs in labelled], dim=1),
     )
 
 
@@ -201,19 +201,20 @@ def read(
         rows: how many are read at once.
         advance: called with the number of labelled tokens.
     """
-    labels = []
+    labelled = []
     for part in torch.split(tokens, rows):
         hidden = target.model(part.to(target.device), use_cache=False).last_hidden_state
-        labels.append(_labels(target, hidden, top_k))
+        labelled.append(labels(target, hidden, top_k))
         advance(part.numel())
     return Labelled(
         tokens.to(torch.int32),
-        torch.cat([ids for ids, _ in labels]),
-        torch.cat([probs for _, probs in labels]),
+        torch.cat([ids for ids, _ in labelled]),
+        torch.cat([probs for _, probs in labelled]),
     )
 
 
-def _labels(target: Any, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def labels(target: Any, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """What the target says at final hidden states [..., D]: `Labelled`'s ids and probs [..., k]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     ids, probs = [], []
     for part in torch.split(flat, _HEAD_ROWS):
@@ -222,7 +223,7 @@ def _labels(target: Any, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         norm = logits.logsumexp(-1, keepdim=True)
         ids.append(best.indices.to(torch.int32).cpu())
         probs.append((best.values - norm).exp().to(torch.float16).cpu())
-    shape = (*hidden.shape[:2], -1)
+    shape = (*hidden.shape[:-1], -1)
     return torch.cat(ids).reshape(shape), torch.cat(probs).reshape(shape)
 
 

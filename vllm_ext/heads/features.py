@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_ext.distill.student import head_logits
+from vllm_ext.distill.teacher import labels
 from vllm_ext.heads.writing import Sample
 
 _TOGETHER = 8
-_HEAD_ROWS = 512  # positions whose logits over the vocabulary are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +68,16 @@ def read(
         for i, states in zip(some, hidden, strict=True):
             begin = len(samples[i].prompt) - 1
             answer = states[begin : begin + len(samples[i].answer)]
-            parts[i] = (answer.to("cpu", torch.bfloat16), *_best(target, answer, top_k))
+            parts[i] = (answer.to("cpu", torch.bfloat16), *labels(target, answer, top_k))
         advance(len(some))
     answers = [samples[i].answer for i in wanted]
     return Features(
         hidden=torch.cat([parts[i][0] for i in wanted]),
         token=torch.tensor([token for answer in answers for token in answer]),
-        ids=torch.cat([parts[i][1] for i in wanted]),
+        ids=torch.cat([parts[i][1] for i in wanted]).long(),
         probs=torch.cat([parts[i][2] for i in wanted]),
         left=torch.cat([torch.arange(len(answer), 0, -1) for answer in answers]),
         greedy=torch.cat(
             [torch.full((len(samples[i].answer),), samples[i].temperature == 0) for i in wanted]
         ),
     )
-
-
-def _best(target: Any, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    ids, probs = [], []
-    for part in torch.split(hidden, _HEAD_ROWS):
-        logits = head_logits(target, part).float()
-        best = logits.topk(min(top_k, logits.shape[-1]))
-        norm = logits.logsumexp(-1, keepdim=True)
-        ids.append(best.indices.cpu())
-        probs.append((best.values - norm).exp().to(torch.float16).cpu())
-    return torch.cat(ids), torch.cat(probs)

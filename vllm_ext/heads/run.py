@@ -23,7 +23,7 @@ from vllm_ext.distill.texts import Encoder, collect
 from vllm_ext.heads.features import Features, read
 from vllm_ext.heads.training import HeadSettings, fit, frequent, judged
 from vllm_ext.heads.writing import Sample, template_of, write
-from vllm_ext.prime import default_anchor, identity_of
+from vllm_ext.prime import default_anchor
 
 _TOP_K = 32
 _LONGEST_PROMPT = 256
@@ -51,6 +51,7 @@ class HeadPlan:
 def make_head(
     target: Path,
     out: Path,
+    identity: dict[str, str],
     inputs: Sequence[Path],
     minutes: float,
     settings: HeadSettings,
@@ -62,11 +63,12 @@ def make_head(
 
     Args:
         target: folder of the model.
-        out: file of the head; the report goes to the same name with `.json`.
+        out: file of the head; the report goes to the same name with `.json` behind it.
+        identity: of the target.
         inputs: prompts and texts of the user's own, as for `vllm-ext distill`; may be empty.
         minutes: for everything, about.
         settings: of the head.
-        dtype: in which the target writes.
+        dtype: in which the target writes and reads.
         say: gets a line now and then.
         plan: of the time, if not the usual one.
 
@@ -74,7 +76,7 @@ def make_head(
         The report.
 
     Raises:
-        DistillError: if the target or the texts cannot be used.
+        DistillError: if the target or the texts cannot be used, or it wrote too little.
     """
     plan = plan or HeadPlan()
     begin = time.monotonic()
@@ -82,7 +84,7 @@ def make_head(
     total = 60 * minutes
     samples = _written(target, inputs, dtype, total * plan.writing, plan)
     written = time.monotonic() - begin
-    model = _loaded(target)
+    model = _loaded(target, dtype)
     features, held_out = _read(model, samples, plan)
     weight = model.get_output_embeddings().weight.detach()
     tokens = frequent(features, len(weight), settings.tokens)
@@ -94,7 +96,8 @@ def make_head(
     say(f"training: {len(features)} places of {len(samples)} texts, {budget:.0f} s")
     with progress("training", total=round(budget)) as advance:
         head = fit(features, tokens, embeddings, outputs, settings, budget, whole_seconds(advance))
-    stored = HydraHead(**{name: _rounded(getattr(head, name)) for name in HydraHead.__slots__})
+    # What is judged is what is stored, rounded.
+    head = HydraHead(**{name: _rounded(tensor) for name, tensor in head.tensors().items()})
     report = {
         "settings": asdict(settings),
         "plan": asdict(plan),
@@ -102,16 +105,15 @@ def make_head(
         "dtype": dtype,
         "data": {"texts": len(samples), "places": len(features), "held_out": len(held_out)},
         "seconds": {"writing": written, "reading": spent - written, "training": budget},
-        # What is judged is what is stored, rounded.
         "agreement": {
             kind: [asdict(one) for one in depths]
-            for kind, depths in judged(stored, held_out, settings.depth).items()
+            for kind, depths in judged(head, held_out, settings.depth).items()
         },
-        "parameters": sum(getattr(stored, name).numel() for name in HydraHead.__slots__),
+        "parameters": sum(tensor.numel() for tensor in head.tensors().values()),
         "environment": environment,
     }
-    stored.save(out, identity_of(target))
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    head.save(out, identity)
+    Path(f"{out}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -155,13 +157,13 @@ def _written(
         llm.llm_engine.engine_core.shutdown()
 
 
-def _loaded(target: Path) -> Any:
+def _loaded(target: Path, dtype: str) -> Any:
     """The target, to read with."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DistillError(f"target {target} cannot be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
@@ -170,19 +172,26 @@ def _loaded(target: Path) -> Any:
 
 
 def _read(model: Any, samples: Sequence[Sample], plan: HeadPlan) -> tuple[Features, Features]:
-    """Features to train on, and to evaluate on."""
-    held_out, kept = samples[:: plan.held_out], []
-    for i, sample in enumerate(samples):
-        if i % plan.held_out:
-            kept.append(sample)
-    with progress("reading", total=len(samples)) as advance:
+    """Features to train on, and to evaluate on.
+
+    Raises:
+        DistillError: if either would be empty.
+    """
+    useful = [sample for sample in samples if len(sample.answer) > 1]
+    held_out = useful[:: plan.held_out]
+    kept = [sample for i, sample in enumerate(useful) if i % plan.held_out]
+    if not kept:
+        raise DistillError(
+            f"the target wrote {len(samples)} texts, of which {len(useful)} have two tokens: at "
+            "least two such texts are needed; give more prompts, or more minutes"
+        )
+    with progress("reading", total=len(useful)) as advance:
 
         def read_on(count: int) -> None:
             advance(count, "")
 
-        return read(model, kept or held_out, _TOP_K, read_on), read(
-            model, held_out, _TOP_K, read_on
-        )
+        features = read(model, kept, _TOP_K, read_on)
+        return features, read(model, held_out, _TOP_K, read_on)
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from proposers.hydra import HydraHead
+from vllm_ext.distill.train import learning_rate
 from vllm_ext.heads.features import Features
 
 _WARMUP = 0.03
@@ -129,7 +130,7 @@ def fit(
         The head, float32, on the CPU.
     """
     torch.manual_seed(settings.seed)
-    device = outputs.device
+    device, narrow = outputs.device, outputs.dtype == torch.bfloat16
     model = _Model(tokens.to(device), embeddings.float(), outputs.float(), settings.inner)
     model.to(device)
     with torch.no_grad():  # states of the size that the output layer is used to
@@ -137,18 +138,20 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01
     )
-    places = Places(features, tokens)
+    places = placed(features, tokens)
     able = torch.nonzero(features.left > 1).flatten()
     generator = torch.Generator().manual_seed(settings.seed)
     begin = last = clock()
     step, mean = 0, math.nan
     while step == 0 or last - begin < budget:
-        rate = _rate(settings.rate, (last - begin) / budget if budget else 1.0)
+        progress = (last - begin) / budget if budget else 1.0
+        rate = learning_rate(settings.rate, progress, _WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = able[torch.randint(len(able), (settings.rows,), generator=generator)]
-        # A CPU has bfloat16 products or emulates them; master weights stay float32.
-        with torch.autocast(device.type, torch.bfloat16):
+        # As the target's own weights: a machine that runs those well runs these. Master weights
+        # stay float32.
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
             losses = _losses(model.head(), model.read, places, chosen, settings.depth)
             loss = torch.stack(losses).sum()
         optimizer.zero_grad()
@@ -164,43 +167,30 @@ def fit(
         last = now
     with torch.no_grad():
         inputs = model.read(torch.arange(len(embeddings), device=device))
-    made = replace(model.head(), inputs=inputs)
-    return HydraHead(**{name: getattr(made, name).detach().cpu() for name in _NAMES})
+    made = replace(model.head(), inputs=inputs).tensors()
+    return HydraHead(**{name: tensor.detach().cpu() for name, tensor in made.items()})
 
 
-_NAMES = tuple(HydraHead.__slots__)
-
-
-def _rate(peak: float, progress: float) -> float:
-    """Linear from 0 to `peak` over the warm-up, then half a cosine down to 0 at `progress` 1."""
-    rising = min(1.0, progress / _WARMUP) if progress else 1.0 / 64
-    return peak * rising * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-class Places:
-    """Features with next tokens replaced by their places in the head; V stands for all others."""
-
-    def __init__(self, features: Features, tokens: Tensor) -> None:
-        self.known = len(tokens)
-        largest = max(int(features.ids.max()), int(tokens.max()))
-        place_of = torch.full((largest + 1,), self.known)
-        place_of[tokens] = torch.arange(self.known)
-        self.hidden = features.hidden
-        self.token = features.token
-        self.ids = place_of[features.ids]
-        self.probs = features.probs
-        self.left = features.left
-        self.greedy = features.greedy
+def placed(features: Features, tokens: Tensor) -> Features:
+    """Features whose `ids` are places in the head's `tokens`; V stands for all other tokens."""
+    largest = max(int(features.ids.max()), int(tokens.max()))
+    place_of = torch.full((largest + 1,), len(tokens))
+    place_of[tokens] = torch.arange(len(tokens))
+    return replace(features, ids=place_of[features.ids])
 
 
 def _losses(
     head: HydraHead,
     read: Callable[[Tensor], Tensor],
-    places: Places,
+    places: Features,
     chosen: Tensor,
     depth: int,
 ) -> list[Tensor]:
-    """Mean cross-entropy behind each of at most `depth` tokens that follow the chosen places."""
+    """Mean cross-entropy behind each of at most `depth` tokens that follow the chosen places.
+
+    `places` are features as `placed` makes them.
+    """
+    known = len(head.tokens)
     device = head.inner.device
     states = places.hidden[chosen].to(device, torch.float32)
     losses = []
@@ -212,7 +202,7 @@ def _losses(
         states = head.move(states, read(places.token[chosen + k].to(device)))
         log_q = head.logits(states).float().log_softmax(-1)
         ids, probs = places.ids[chosen + k + 1].to(device), places.probs[chosen + k + 1].to(device)
-        named = probs.float() * (ids < places.known)
+        named = probs.float() * (ids < known)
         others = (1 - named.sum(-1)).clamp(min=0)
         said = (log_q.gather(1, ids) * named).sum(-1) + others * log_q[:, -1]
         losses.append(-said.mean())
@@ -240,7 +230,7 @@ class Agreement:
 @torch.inference_mode()
 def judged(head: HydraHead, features: Features, depth: int) -> dict[str, list[Agreement]]:
     """Agreement on greedy and on sampled texts, behind 1 to `depth` of the text's own tokens."""
-    places = Places(features, head.tokens)
+    places = placed(features, head.tokens)
     found: dict[str, list[Agreement]] = {}
     for name, greedy in (("greedy", True), ("sampled", False)):
         chosen = torch.nonzero((places.left > depth) & (places.greedy == greedy)).flatten()

@@ -137,7 +137,7 @@ class Drafting:
         step: Step,
         walked: WalkResult,
         request_ids: Sequence[str],
-        tokens: Sequence[Sequence[int]],
+        limits: Mapping[str, int],
         hidden: torch.Tensor,
     ) -> None:
         """Show the drafter the hidden states that the newest tokens were drawn from.
@@ -146,14 +146,14 @@ class Drafting:
             step: what was verified.
             walked: which nodes were accepted.
             request_ids: the batch.
-            tokens: what each request emitted.
+            limits: most nodes of each request that emitted a token; without any it shows nothing.
             hidden: the target's last hidden states at the rows of `step`, [rows, D].
         """
         if not self.drafter.watches:
             return
         seen, rows = [], []
         for index, request_id in enumerate(request_ids):
-            if tokens[index] and request_id in self._known:
+            if limits.get(request_id) and request_id in self._known:
                 path = walked.paths[index]
                 seen.append(request_id)
                 rows.append(step.starts[index] + (1 + path[-1] if path else 0))

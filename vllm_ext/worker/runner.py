@@ -262,12 +262,12 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         for request_id, positions, seen in prompts:
             drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
-        drafting.see(self._step, self._walked, request_ids, tokens, hidden)
         self._learn_draws(request_ids, self._walked)
         ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
         }
+        drafting.see(self._step, self._walked, request_ids, limits, hidden)
         unread = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
         scheduled = scheduler_output.num_scheduled_tokens
         unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in unread)

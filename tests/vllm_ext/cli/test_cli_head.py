@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 from proposers.hydra import HydraHead
 from tests.vllm_ext.engine import VOCAB, make_tiny_model
 from vllm_ext.cli import app
-from vllm_ext.head import head_path
-from vllm_ext.prime import identity_of
+from vllm_ext.model_files import identity_of
 
 REPORT = {
     "agreement": {"greedy": [{"places": 7, "first": 0.5, "three": 0.75, "own": 1.0}]},
@@ -21,46 +20,25 @@ REPORT = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_options_reach_the_training_and_the_report_is_shown(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("vllm")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = tmp_path / "model"
-    made.mkdir()
-    (made / "model.safetensors").write_bytes(b"weights")
-    (made / "tokenizer.json").write_text("{}")
-    return made
-
-
-def test_the_head_goes_to_the_cache_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def make_head(*given: Any) -> dict[str, Any]:
         calls.append(given)
-        given[1].parent.mkdir(parents=True, exist_ok=True)
-        given[1].write_bytes(b"")
         return REPORT
 
     monkeypatch.setattr("vllm_ext.heads.run.make_head", make_head)
-    command = ["head", "--model", str(folder), "--minutes", "2", "--tokens", "99", "--width", "7"]
-    shown = CliRunner().invoke(app, command)
+    command = ["head", "--model", str(model_folder), "--minutes", "2", "--tokens", "99"]
+    shown = CliRunner().invoke(app, [*command, "--width", "7"])
     assert shown.exit_code == 0, shown.output
     assert "| greedy | 1 | 7 | 0.500 | 0.750 | 1.000 |" in shown.output
     assert "3.0M parameters in 6 s" in shown.output
-    (target, path, inputs, minutes, settings, *_) = calls[0]
-    assert (target, path) == (folder, head_path(identity_of(folder)))
+    ((target, _, identity, inputs, minutes, settings, *_),) = calls
+    assert (target, identity) == (model_folder, identity_of(model_folder))
     assert (inputs, minutes, settings.tokens, settings.inner) == ((), 2.0, 99, 7)
-    assert "exists; --force" in CliRunner().invoke(app, command).output
-    assert len(calls) == 1
-    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
-    assert len(calls) == 2
-
-
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    shown = CliRunner().invoke(app, ["head", "--model", str(folder)])
-    assert shown.exit_code == 1
-    assert "holds no weights" in shown.output
 
 
 @pytest.mark.engine
@@ -75,11 +53,12 @@ def test_a_real_model_gets_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{i} times"}) + "\n" for i in range(300))
     )
-    path = tmp_path / "head.safetensors"
+    path = tmp_path / "head.json"  # the report must not take its place
     said: list[str] = []
     report = make_head(
         model,
         path,
+        identity_of(model),
         [tmp_path / "in.jsonl"],
         0.5,
         HeadSettings(tokens=100, inner=32, rows=256, rate=5e-3),
@@ -87,7 +66,7 @@ def test_a_real_model_gets_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         said.append,
         HeadPlan(answer=24, context=96),
     )
-    assert json.loads(path.with_suffix(".json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads(Path(f"{path}.json").read_text()) == json.loads(json.dumps(report))
     head = HydraHead.load(path, identity_of(model), VOCAB, 64)
     assert len(head.tokens) == 100
     greedy = report["agreement"]["greedy"]

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from proposers.prime import PrimeTable
 from tests.vllm_ext.engine import VOCAB, make_tiny_model
 from vllm_ext.cli import app, prime
-from vllm_ext.prime import identity_of, table_path
+from vllm_ext.model_files import identity_of
+from vllm_ext.prime import TABLES
 
 
 class FakeLLM:
@@ -32,16 +33,6 @@ class FakeLLM:
             for k in range(1, 10)
         }
         return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[said])])
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = tmp_path / "model"
-    made.mkdir()
-    (made / "model.safetensors").write_bytes(b"weights")
-    (made / "tokenizer.json").write_text("{}")
-    return made
 
 
 def test_no_token_stands_first_and_the_best_eight_are_kept() -> None:
@@ -70,11 +61,13 @@ def test_the_anchor_ends_or_begins_a_text() -> None:
     assert anchor({}) == 0
 
 
-def test_the_table_goes_to_the_cache_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_the_table_is_that_of_the_model(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
 
     def compute(model: str, *, tokens: int, anchor: int | None, dtype: str) -> PrimeTable:
-        asked.append(tokens)
+        asked.append((model, tokens))
         return PrimeTable(
             np.arange(2, dtype=np.int32),
             np.ones((2, 8), np.int32),
@@ -82,21 +75,11 @@ def test_the_table_goes_to_the_cache_once(folder: Path, monkeypatch: pytest.Monk
         )
 
     monkeypatch.setattr(prime, "compute", compute)
-    command = ["prime", "--model", str(folder), "--tokens", "2"]
+    command = ["prime", "--model", str(model_folder), "--tokens", "2"]
     assert CliRunner().invoke(app, command).exit_code == 0
-    identity = identity_of(folder)
-    assert len(PrimeTable.load(table_path(identity), identity, VOCAB)) == 2
-    assert "exists; --force" in CliRunner().invoke(app, command).output
-    assert asked == [2]
-    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
-    assert asked == [2, 2]
-
-
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    shown = CliRunner().invoke(app, ["prime", "--model", str(folder)])
-    assert shown.exit_code == 1
-    assert "holds no weights" in shown.output
+    identity = identity_of(model_folder)
+    assert len(PrimeTable.load(TABLES.path(identity), identity, VOCAB)) == 2
+    assert asked == [(str(model_folder), 2)]
 
 
 @pytest.mark.engine

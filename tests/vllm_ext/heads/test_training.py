@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,14 +8,15 @@ import torch
 from torch import Tensor
 
 from proposers.hydra import HydraHead
+from tests.vllm_ext.heads.clock import ticking
 from vllm_ext.heads.features import Features
 from vllm_ext.heads.training import (
     HeadSettings,
-    Places,
     _losses,
     fit,
     frequent,
     judged,
+    placed,
 )
 
 VOCAB, SIZE = 24, 16
@@ -50,16 +50,6 @@ def cycling(texts: int, length: int, greedy: bool) -> tuple[Features, Tensor]:
     ), embeddings
 
 
-def ticking(step: float) -> object:
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += step
-        return now[0]
-
-    return clock
-
-
 def fitted(features: Features, embeddings: Tensor, steps: int, **changes: object) -> HydraHead:
     return fit(
         features,
@@ -69,7 +59,7 @@ def fitted(features: Features, embeddings: Tensor, steps: int, **changes: object
         replace(SETTINGS, **changes),
         float(steps),
         nothing,
-        ticking(1.0),  # type: ignore[arg-type]
+        ticking(1.0),
     )
 
 
@@ -99,7 +89,7 @@ def test_a_seed_repeats_and_time_decides() -> None:
         SETTINGS,
         4.0,
         lambda seconds, doing: steps.append(doing),
-        ticking(1.0),  # type: ignore[arg-type]
+        ticking(1.0),
     )
     assert len(steps) == 4
     assert steps[-1].startswith("step 4, epoch 6.1, loss ")
@@ -110,7 +100,7 @@ def test_the_loss_is_the_cross_entropy_over_known_tokens_and_one_class() -> None
     tokens = torch.tensor([t for t in range(VOCAB) if t != features.token[2]])
     head = fit(features, tokens, embeddings, embeddings[tokens], SETTINGS, 0.0, nothing)
     chosen = torch.tensor([0, 3])  # the last place has no token behind it
-    places = Places(features, tokens)
+    places = placed(features, tokens)
     losses = _losses(head, head.inputs.__getitem__, places, chosen, 3)
     place = {int(t): i for i, t in enumerate(tokens)}
     state = features.hidden[:1].float()
@@ -145,12 +135,3 @@ def test_frequent_tokens_are_those_that_the_target_expects() -> None:
     wanted = set(features.token.tolist())
     assert set(frequent(features, VOCAB, 3).tolist()) == wanted
     assert len(frequent(features, VOCAB, 999)) == VOCAB
-
-
-def test_the_learning_rate_ends_at_zero() -> None:
-    from vllm_ext.heads.training import _rate
-
-    rates = [_rate(1.0, i / 1000) for i in range(1001)]
-    assert max(rates) == pytest.approx(1.0, abs=0.01)
-    assert rates[-1] == 0.0
-    assert math.isclose(_rate(1.0, 0.03), max(rates), rel_tol=1e-9)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.vllm_ext.engine import make_tiny_model
+from tests.vllm_ext.heads.clock import ticking
 from vllm_ext.heads.writing import TEMPERATURES, TOGETHER, Template, template_of, write
 
 pytest.importorskip("vllm")
@@ -32,17 +33,6 @@ class FakeLLM:
             assert all(one.max_tokens == 5 and one.seed is None for one in params)
             said = [ANSWER]
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=said)]) for _ in requests]
-
-
-def ticking(step: float) -> Any:
-    """A clock that advances by `step` with each look at it."""
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += step
-        return now[0]
-
-    return clock
 
 
 def nothing(seconds: float, doing: str) -> None:

@@ -53,15 +53,15 @@ def test_each_newest_token_is_shown_with_the_row_that_it_was_drawn_from() -> Non
         sampling_params=params,
         lora_request=None,
     )
-    ids, tokens = ["deep", "unread", "plain", "unknown"], [[7, 8, 9], [], [7], [7, 8]]
+    ids, limits = ["deep", "unread", "plain", "unknown"], {"deep": 9, "plain": 1, "unknown": 9}
     for watches in (True, False):
         watcher: Any = Watcher(watches)
         drafting = Drafting(watcher, trees=True)
         for request in ids[:3]:
             drafting.start(request, state)
-        drafting.see(step, walked, ids, tokens, hidden)
+        drafting.see(step, walked, ids, limits, hidden)
         # Of the tree at row 0 the nodes 0 and 2 were accepted: the last token follows row 1 + 2.
         expected = [(["deep", "plain"], [[3.0], [5.0]])] if watches else []
         assert watcher.seen == expected
-        drafting.see(step, walked, ids, [[]] * 4, hidden)
+        drafting.see(step, walked, ids, {"deep": 0, "plain": 0}, hidden)
         assert watcher.seen == expected
