@@ -20,6 +20,7 @@ from vllm_ext.cli.arms import NONE, Arm, ArmError, parse_arms
 from vllm_ext.cli.bench_run import WARM_UP_TEXT, Plan, count_measurements, require_enough, run
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineError
+from vllm_ext.cli.model_file import cached_files
 from vllm_ext.cli.progress import progress
 from vllm_ext.cli.prompts import EncodedPrompt, Prompt, PromptFileError, fitting, load_datasets
 from vllm_ext.cli.served_engine import ServedEngine
@@ -232,6 +233,7 @@ def _describe(
         "engine_environment": settings.env,
         "compiled": not settings.llm["enforce_eager"],
         "speculative_config": {arm.name: arm.speculative_config for arm in settings.arms},
+        "model_files": cached_files(settings.model),
         "chat_template": not settings.raw,
         "temperature": settings.plan.temperature,
         "max_tokens": settings.plan.max_tokens,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a command puts the file that it computes for a model."""
+"""The files of a model: where a command puts one, and which ones a measurement found."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,30 @@ def destination(model: str, files: Any, out: Path | None, *, force: bool) -> Des
         typer.echo(f"{path} exists; --force makes it again")
         raise typer.Exit(0)
     return Destination(folder, identity, path)
+
+
+def cached_files(model: str) -> dict[str, str]:
+    """SHA-256 of what an option left at "auto" finds in the cache for a model, by sort.
+
+    Args:
+        model: a folder, or a Hugging Face name; one that is not on this machine has no files.
+    """
+    from vllm_ext.head import HEADS
+    from vllm_ext.identity import IdentityError, local_folder
+    from vllm_ext.model_files import identity_of
+    from vllm_ext.prime import TABLES
+
+    try:
+        identity = identity_of(local_folder(model))
+    except IdentityError:
+        return {}
+    paths = {files.folder: files.path(identity) for files in (TABLES, HEADS)}
+    return {sort: _sha256(path) for sort, path in paths.items() if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _downloaded(model: str) -> str:

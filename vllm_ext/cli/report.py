@@ -64,7 +64,8 @@ def _conditions(result: dict[str, Any]) -> str:
         f"{Path(settings['llm']['model']).name}, {settings['llm']['dtype']}, "
         f"{'compiled' if settings['compiled'] else 'eager'}, "
         f"{'`vllm serve`' if settings['server'] else 'offline'}, {law}, at most "
-        f"{settings['max_tokens']} tokens, rounds: {settings['rounds']}; prompts: {sets}",
+        f"{settings['max_tokens']} tokens, rounds: {settings['rounds']}; prompts: {sets}"
+        f"{_model_files(settings)}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -72,6 +73,12 @@ def _conditions(result: dict[str, Any]) -> str:
 def _features(environment: dict[str, Any]) -> str:
     found = environment.get("cpu_features")  # results made before it was recorded have none
     return f" ({', '.join(found)})" if found else ""
+
+
+def _model_files(settings: dict[str, Any]) -> str:
+    found = settings.get("model_files")  # likewise
+    named = ", ".join(f"{sort} {digest[:8]}" for sort, digest in (found or {}).items())
+    return f"; in the cache: {named or 'nothing'}" if found is not None else ""
 
 
 def _overview(arms: dict[str, list[dict[str, Any]]]) -> str:

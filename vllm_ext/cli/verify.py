@@ -16,6 +16,7 @@ from vllm_ext.cli.arms import NONE, Arm, ArmError, parse_arms
 from vllm_ext.cli.compare import TIE_GAP, verdict
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineError
+from vllm_ext.cli.model_file import cached_files
 from vllm_ext.cli.presets import Preset, PresetError, describe_presets, parse_presets
 from vllm_ext.cli.progress import progress
 from vllm_ext.cli.prompts import (
@@ -163,6 +164,7 @@ def verify(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
             "llm": llm,
             "engine_environment": env,
             "speculative_config": {arm.name: arm.speculative_config for arm in settings.arms},
+            "model_files": cached_files(settings.model),
             "chat_template": not settings.raw,
             "max_tokens": settings.max_tokens,
             "batches": list(settings.batches),

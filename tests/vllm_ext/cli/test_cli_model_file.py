@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_ext.cli import app, prime
+from vllm_ext.cli.model_file import cached_files
 from vllm_ext.head import HEADS
 from vllm_ext.model_files import ModelFiles, identity_of
 from vllm_ext.prime import TABLES
@@ -70,6 +71,19 @@ def test_the_file_goes_to_the_cache_once(
     assert computed == [path]
     assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
     assert computed == [path, path]
+
+
+def test_a_measurement_tells_what_the_cache_had(
+    model_folder: Path, computed: Computed, sort: tuple[str, ModelFiles[Any]]
+) -> None:
+    model = str(model_folder)
+    assert cached_files(model) == {}
+    assert cached_files(f"{model}/nowhere") == {}
+    assert CliRunner().invoke(app, [sort[0], "--model", model]).exit_code == 0
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert cached_files(model) == {sort[0]: empty}
+    computed[0].write_bytes(b"another")
+    assert cached_files(model) != {sort[0]: empty}
 
 
 def test_a_user_names_another_file(

@@ -119,3 +119,11 @@ def test_instruction_sets_are_told_where_they_are_known(result: dict[str, Any]) 
     assert "2 cores of a processor, 8 GiB" in markdown(result)
     result["environment"]["cpu_features"] = ["avx2", "amx_bf16"]
     assert "2 cores of a processor (avx2, amx_bf16), 8 GiB" in markdown(result)
+
+
+def test_files_of_the_model_are_told_where_they_are_known(result: dict[str, Any]) -> None:
+    assert "in the cache" not in markdown(result)
+    result["settings"]["model_files"] = {"prime": "0123456789abcdef", "head": "fedcba9876543210"}
+    assert "; in the cache: prime 01234567, head fedcba98\n" in markdown(result)
+    result["settings"]["model_files"] = {}
+    assert "; in the cache: nothing\n" in markdown(result)
