@@ -8,7 +8,6 @@ the models below.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,10 +16,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .awrs import Estimator
 from .compilation import Kind, Spec
 from .constraint import ConstraintError
+from .messages import named, shown
 
 SamplerName: TypeAlias = Literal["awrs", "masking", "asap", "cars"]
 
+_MOST_PROBLEMS = 8
+"""How many a message tells of: it must not grow with the request."""
+
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RequestError(ConstraintError):
+    """A request's keys were refused.
+
+    Attributes:
+        key: the one to change; the first of them if several are wrong.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = named(key)
 
 
 class ConstraintRequest(BaseModel):
@@ -141,7 +156,7 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> Request | None:
     """Read our keys out of a request's extra arguments; ``None`` if there are none.
 
     Raises:
-        ConstraintError: names the key, what was given and what is allowed.
+        RequestError: names the key, what was given and what is allowed.
     """
     if not extra_args:
         return None
@@ -153,22 +168,26 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> Request | None:
     if not given:
         return None
     if len(given) > 1:
-        raise ConstraintError(
-            f"{', '.join(sorted(key for keys in given.values() for key in keys))}: keys of "
-            "different processors; a request may use one of constraint_*, mirostat_*, momentum_*"
+        keys_given = sorted(key for keys in given.values() for key in keys)
+        raise RequestError(
+            keys_given[0],
+            f"{', '.join(map(named, keys_given[:_MOST_PROBLEMS]))}: keys of "
+            "different processors; a request may use one of constraint_*, mirostat_*, momentum_*",
         )
     prefix, keys = given.popitem()
     for key, value in keys.items():
         for text in (key, value):
             if isinstance(text, str) and not _encodes(text):
-                raise ConstraintError(
-                    f"{key!a} holds half of a surrogate pair, which is no Unicode text"
+                raise RequestError(
+                    ascii(key)[1:-1],  # a key that cannot be encoded cannot be answered with either
+                    f"{named(key)!a} holds half of a surrogate pair, which is no Unicode text",
                 )
     try:
         request = _FAMILIES[prefix].model_validate(keys)
     except ValidationError as error:
-        problems = "; ".join(_explain(_FAMILIES[prefix], problem) for problem in error.errors())
-        raise ConstraintError(problems) from None
+        problems = error.errors()
+        explained = "; ".join(_explain(_FAMILIES[prefix], p) for p in problems[:_MOST_PROBLEMS])
+        raise RequestError(str(problems[0]["loc"][0]), explained) from None
     if isinstance(request, ConstraintRequest):
         _require_one_constraint(request)
     return request
@@ -178,36 +197,31 @@ def _require_one_constraint(request: ConstraintRequest) -> None:
     keys = [f"constraint_{kind}" for kind in get_args(Kind)]
     stated = [key for key in keys if getattr(request, key) is not None]
     if len(stated) != 1:
-        raise ConstraintError(
+        raise RequestError(
+            stated[-1] if stated else "constraint_*",
             f"{' and '.join(stated) or 'no constraint'} given; "
-            f"give exactly one of {', '.join(keys)}"
+            f"give exactly one of {', '.join(keys)}",
         )
     if request.constraint_argument and request.constraint_predicate is None:
-        raise ConstraintError(
-            f"constraint_argument given with {stated[0]}; only constraint_predicate takes one"
+        raise RequestError(
+            "constraint_argument",
+            f"constraint_argument given with {stated[0]}; only constraint_predicate takes one",
         )
     if request.constraint_prefix and request.constraint_method in ("asap", "cars"):
-        raise ConstraintError(
+        raise RequestError(
+            "constraint_prefix",
             f"constraint_prefix given with constraint_method {request.constraint_method!r}, whose "
-            "texts begin at the first token; allowed with awrs and masking"
+            "texts begin at the first token; allowed with awrs and masking",
         )
 
 
 def _explain(model: type[Request], problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+    name = named(".".join(str(part) for part in problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"{name}: unknown key; known are {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return f"{name} is missing; it switches the processor on"
-    return f"{name} given as {_shown(problem['input'])}: {problem['msg'].lower()}"
-
-
-def _shown(value: Any) -> str:
-    """Return a short form of any value: a message must not grow with what it complains about."""
-    try:
-        return reprlib.repr(value)[:200]
-    except ValueError:  # more digits than Python prints
-        return "a huge integer"
+    return f"{name} given as {shown(problem['input'])}: {problem['msg'].lower()}"
 
 
 def _encodes(text: str) -> bool:

@@ -12,8 +12,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from .constraint import ConstraintError
-from .request import ConstraintRequest, MirostatRequest, Request, parse_request
+from .request import ConstraintRequest, MirostatRequest, Request, RequestError, parse_request
 
 _NEUTRAL = {
     "min_p": 0.0,
@@ -37,8 +36,8 @@ def check_params(params: Any) -> Request | None:
     """
     try:
         request = parse_request(params.extra_args)
-    except ConstraintError as error:
-        raise VLLMValidationError(str(error), parameter="extra_args") from None
+    except RequestError as error:
+        raise VLLMValidationError(str(error), parameter=f"extra_args.{error.key}") from None
     if isinstance(request, ConstraintRequest):
         for name, neutral in _NEUTRAL.items():
             value = getattr(params, name, neutral)

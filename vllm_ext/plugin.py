@@ -193,7 +193,7 @@ def _wrap_validate_spec_decode() -> None:
             # The one kind of exception that the server answers with HTTP 400.
             from vllm.exceptions import VLLMValidationError
 
-            raise VLLMValidationError(str(error)) from None
+            raise VLLMValidationError(str(error), parameter=f"extra_args.{error.key}") from None
 
     setattr(_validate_spec_decode, _MARK, True)
     SamplingParams._validate_spec_decode = _validate_spec_decode

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from logits_processors.messages import shown
+
 SWITCH = "speculation"
 CAP = "max_nodes"
 
@@ -20,7 +22,15 @@ _MOST = 1024
 
 
 class RequestOptionError(ValueError):
-    """A request's option is nonsense; the message says what was given and what is allowed."""
+    """A request's option is nonsense; the message says what was given and what is allowed.
+
+    Attributes:
+        key: of the option.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"{key}={shown(value)}; give {allowed}")
+        self.key = key
 
 
 def node_cap(extra_args: Mapping[str, Any] | None) -> int | None:
@@ -42,15 +52,15 @@ def _switch(value: Any) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]
-    raise RequestOptionError(f"{SWITCH}={value!r}; give true or false")
+    raise RequestOptionError(SWITCH, value, "true or false")
 
 
 def _cap(value: Any) -> int:
     if not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = -1.0
         if 0 <= number <= _MOST and number == int(number):
             return int(number)
-    raise RequestOptionError(f"{CAP}={value!r}; give a whole number from 0 to {_MOST}")
+    raise RequestOptionError(CAP, value, f"a whole number from 0 to {_MOST}")

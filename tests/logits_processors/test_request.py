@@ -13,6 +13,7 @@ from logits_processors.request import (
     ConstraintRequest,
     MirostatRequest,
     MomentumRequest,
+    RequestError,
     is_ours,
     parse_request,
     table,
@@ -107,6 +108,46 @@ def test_messages_do_not_grow_with_the_request(value: Any) -> None:
     with pytest.raises(ConstraintError) as refusal:
         parse_request(REGEX | {"constraint_method": value})
     assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        REGEX | {"constraint_" + "x" * 10**6: 1},
+        REGEX | {"mirostat_" + "x" * 10**6: 1},
+        {"constraint_\ud800" + "x" * 10**6: 1},
+        REGEX | {f"constraint_{i}": i for i in range(999)},
+        REGEX | {f"mirostat_{i}": i for i in range(999)},
+    ],
+    ids=["unknown", "of another", "no text", "many unknown", "many of another"],
+)
+def test_messages_do_not_grow_with_the_keys(extra: Any) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse_request(extra)
+    assert len(str(refusal.value)) < 5000
+    assert len(refusal.value.key) <= 200
+    refusal.value.key.encode()
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        (REGEX | {"constraint_seed": "1"}, "constraint_seed"),
+        (REGEX | {"constraint_colour": 1}, "constraint_colour"),
+        (REGEX | {"constraint_lark": "b"}, "constraint_regex"),
+        (REGEX | {"constraint_argument": "x"}, "constraint_argument"),
+        (REGEX | {"constraint_prefix": 1, "constraint_method": "asap"}, "constraint_prefix"),
+        (REGEX | {"momentum_alpha": 1.0}, "constraint_regex"),
+        ({"constraint_seed": 1}, "constraint_*"),
+        ({"mirostat_tau": 1.0}, "mirostat_version"),
+        ({"constraint_\udc00": "a"}, r"constraint_\udc00"),
+        ({"constraint_regex": "\ud800"}, "constraint_regex"),
+    ],
+)
+def test_refusals_know_the_key_to_change(extra: Any, key: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse_request(extra)
+    assert refusal.value.key == key
 
 
 JSON = st.recursive(

@@ -55,7 +55,8 @@ def test_requests_of_others_may_do_anything() -> None:
         ({"extra": CARS, "temperature": 0.0}, "temperature"),
         ({"extra": MIROSTAT, "temperature": 0.0}, "temperature"),
         ({"extra": REGEX | {"constraint_seed": 1}, "n": 2}, "n"),
-        ({"extra": REGEX | {"constraint_seed": "1"}}, "extra_args"),
+        ({"extra": REGEX | {"constraint_seed": "1"}}, "extra_args.constraint_seed"),
+        ({"extra": {"mirostat_tau": 1.0}}, "extra_args.mirostat_version"),
     ],
 )
 def test_refusals_name_the_parameter(options: dict[str, Any], parameter: str) -> None:

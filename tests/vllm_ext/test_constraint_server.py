@@ -240,13 +240,21 @@ AMBIGUOUS = "\n".join(
         'r40 ::= "a" | ""',
     ]
 )
-KEYS = "extra_args"  # the name of the key is in the message
+KEYS = "extra_args"
 HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
-    "unknown key": ({"constraint_regx": "a"}, KEYS, "constraint_regx: unknown key"),
-    "wrong type": ({"constraint_regex": 5}, KEYS, "constraint_regex given as 5"),
+    "unknown key": (
+        {"constraint_regx": "a"},
+        f"{KEYS}.constraint_regx",
+        "constraint_regx: unknown key",
+    ),
+    "wrong type": (
+        {"constraint_regex": 5},
+        f"{KEYS}.constraint_regex",
+        "constraint_regex given as 5",
+    ),
     "two constraints": (
         {"constraint_regex": "a", "constraint_ebnf": 'root ::= "a"'},
-        KEYS,
+        f"{KEYS}.constraint_regex",
         "constraint_ebnf and constraint_regex given",
     ),
     "EBNF": ({"constraint_ebnf": "root ::= ("}, f"{KEYS}.constraint_ebnf", "line 1, column 11"),
@@ -287,13 +295,25 @@ HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "prefix without prompt": (
         {"constraint_regex": "a", "constraint_prefix": -1},
-        KEYS,
+        f"{KEYS}.constraint_prefix",
         "constraint_prefix given as -1",
     ),
-    "huge seed": ({"constraint_regex": "a", "constraint_seed": 2**70}, KEYS, "constraint_seed"),
-    "method": ({"constraint_regex": "a", "constraint_method": "mcmc"}, KEYS, "'awrs', 'masking'"),
-    "Mirostat's target": ({"mirostat_version": 2, "mirostat_tau": -1.0}, KEYS, "mirostat_tau"),
-    "Momentum's type": ({"momentum_alpha": "much"}, KEYS, "momentum_alpha"),
+    "huge seed": (
+        {"constraint_regex": "a", "constraint_seed": 2**70},
+        f"{KEYS}.constraint_seed",
+        "constraint_seed",
+    ),
+    "method": (
+        {"constraint_regex": "a", "constraint_method": "mcmc"},
+        f"{KEYS}.constraint_method",
+        "'awrs', 'masking'",
+    ),
+    "Mirostat's target": (
+        {"mirostat_version": 2, "mirostat_tau": -1.0},
+        f"{KEYS}.mirostat_tau",
+        "mirostat_tau",
+    ),
+    "Momentum's type": ({"momentum_alpha": "much"}, f"{KEYS}.momentum_alpha", "momentum_alpha"),
 }
 
 

@@ -48,14 +48,25 @@ def test_values_that_mean_something(given: dict[str, Any] | None, cap: int | Non
         ({"max_nodes": "many"}, "max_nodes='many'"),
         ({"max_nodes": "nan"}, "max_nodes='nan'"),
         ({"max_nodes": 1e300}, "max_nodes=1e"),
+        ({"max_nodes": 10**400}, "max_nodes=1000"),
+        ({"max_nodes": 10**5000}, "max_nodes=a huge integer"),
+        ({"speculation": 10**5000}, "speculation=a huge integer"),
         ({"max_nodes": True}, "max_nodes=True"),
         ({"max_nodes": [4]}, "max_nodes="),
         ({"max_nodes": "x", "speculation": False}, "max_nodes='x'"),
     ],
 )
 def test_nonsense_is_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestOptionError, match=message):
+    with pytest.raises(RequestOptionError, match=message) as refusal:
         node_cap(given)
+    assert refusal.value.key == message.partition("=")[0]
+
+
+def test_a_message_does_not_grow_with_the_request() -> None:
+    for key in ("speculation", "max_nodes"):
+        with pytest.raises(RequestOptionError) as refusal:
+            node_cap({key: "x" * 10**6})
+        assert len(str(refusal.value)) < 300
 
 
 def test_the_cap_lowers_the_limit_and_never_raises_it() -> None:
@@ -80,7 +91,8 @@ def test_a_bad_value_is_refused_where_vllm_checks_parameters() -> None:
     bad = vllm.SamplingParams(extra_args={"max_nodes": "x"})
     from vllm.exceptions import VLLMValidationError
 
-    with pytest.raises(VLLMValidationError, match="max_nodes='x'"):
+    with pytest.raises(VLLMValidationError, match="max_nodes='x'") as refusal:
         bad._validate_spec_decode(ours)
+    assert refusal.value.parameter == "extra_args.max_nodes"
     bad._validate_spec_decode(theirs)  # other methods may give the name another meaning
     vllm.SamplingParams(extra_args={"max_nodes": "3"})._validate_spec_decode(ours)

@@ -352,11 +352,11 @@ def test_constraints_are_vetted_before_vllm_validates(path: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "options", "parameter"),
     [
-        ({"constraint_regx": "a"}, {}, "extra_args"),
+        ({"constraint_regx": "a"}, {}, "extra_args.constraint_regx"),
         ({"constraint_regex": "bad"}, {}, "extra_args.constraint_regex"),
         ({"constraint_regex": "a"}, {"min_p": 0.1}, "min_p"),
-        ({"mirostat_version": 3}, {}, "extra_args"),
-        ({"momentum_alpha": "much"}, {}, "extra_args"),
+        ({"mirostat_version": 3}, {}, "extra_args.mirostat_version"),
+        ({"momentum_alpha": "much"}, {}, "extra_args.momentum_alpha"),
         ({"constraint_regex": "a", "constraint_seed": 1}, {"n": 2}, "n"),
     ],
 )
