@@ -35,15 +35,15 @@ from proposers.template import StaticTemplate
 from proposers.trigram_store import TrigramStore
 from vllm_ext.head import HEADS
 from vllm_ext.identity import local_folder, tokenizer_hash
-from vllm_ext.methods import (
+from vllm_ext.method_options import (
     AdedConfig,
     DySpecConfig,
-    OptionError,
     PearlConfig,
     RasdConfig,
     TokenRecyclingConfig,
     TreeConfig,
 )
+from vllm_ext.methods import OptionError
 from vllm_ext.model_files import OFF
 from vllm_ext.prime import TABLES
 

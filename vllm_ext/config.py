@@ -16,14 +16,8 @@ from typing import Any
 from vllm_ext import self_draft
 from vllm_ext.build import check_resources
 from vllm_ext.draft_config import check_draft
-from vllm_ext.methods import (
-    METHODS,
-    OptionError,
-    PearlConfig,
-    SelfDraftConfig,
-    TreeConfig,
-    parse_options,
-)
+from vllm_ext.method_options import PearlConfig, SelfDraftConfig, TreeConfig
+from vllm_ext.methods import METHODS, OptionError, parse_options
 
 CONFIG_KEY = "vllm_ext"
 """Key of ``VllmConfig.additional_config`` under which the method and its options travel."""

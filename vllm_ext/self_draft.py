@@ -31,7 +31,8 @@ from vllm_ext.identity import (
     local_folder,
     model_hash,
 )
-from vllm_ext.methods import DySpecConfig, OptionError, SelfDraftConfig
+from vllm_ext.method_options import DySpecConfig, SelfDraftConfig
+from vllm_ext.methods import OptionError
 
 logger = logging.getLogger("vllm.vllm_ext")
 

@@ -23,7 +23,8 @@ from tests.vllm_ext.test_config import engine_args
 from vllm_ext import self_draft
 from vllm_ext.config import CONFIG_KEY, read_options, translate
 from vllm_ext.identity import tokenizer_hash
-from vllm_ext.methods import DySpecConfig, OptionError
+from vllm_ext.method_options import DySpecConfig
+from vllm_ext.methods import OptionError
 from vllm_ext.self_draft import INDEX, draft_folder, picked_layers
 
 LAYERS = 4

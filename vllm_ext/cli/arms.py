@@ -41,13 +41,17 @@ class Arm:
 
         vLLM's own methods run with this plugin switched off, so that they are vLLM as it ships.
         """
-        if self.speculative_config is None:
-            return EngineConfig(dict(llm), {**env, "VLLM_EXT_DISABLE": "1"})
-        ours = self.speculative_config["method"] in our_methods()
+        config = self.speculative_config
         return EngineConfig(
-            {**llm, "speculative_config": self.speculative_config},
-            dict(env) if ours else {**env, "VLLM_EXT_DISABLE": "1"},
+            dict(llm) if config is None else {**llm, "speculative_config": config},
+            dict(env) if self.is_ours else {**env, "VLLM_EXT_DISABLE": "1"},
         )
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its method is one of this package."""
+        config = self.speculative_config
+        return config is not None and config["method"] in our_methods()
 
 
 def our_methods() -> frozenset[str]:

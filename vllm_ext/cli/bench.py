@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -191,28 +192,60 @@ def measure(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def start_engines(settings: Settings) -> Iterator[dict[str, EngineProcess | ServedEngine]]:
-    """Engines of all arms by name, started one after the other and stopped together.
-
-    One after the other, because they measure the machine when they start.
-    """
+    """Engines of all arms by name, stopped together."""
     running: dict[str, EngineProcess | ServedEngine] = {}
     try:
         with progress("starting engines", len(settings.arms)) as advance:
-            for arm in settings.arms:
-                advance(0, arm.name)
-                config = arm.engine_config(settings.llm, settings.env)
-                try:
-                    running[arm.name] = (
-                        ServedEngine(config) if settings.server else EngineProcess(config)
-                    )
-                except EngineError as error:
-                    raise EngineError(f"arm {arm.name!r} did not start: {error}") from error
-                advance(1, arm.name)
-        yield running
+            for arms in start_order(settings):
+                names = ", ".join(arm.name for arm in arms)
+                advance(0, names)
+                _start(arms, settings, running)
+                advance(len(arms), names)
+        yield {arm.name: running[arm.name] for arm in settings.arms}
     finally:
         if running:
             with ThreadPoolExecutor(len(running)) as pool:
                 list(pool.map(lambda engine: engine.close(), running.values()))
+
+
+def start_order(settings: Settings) -> list[list[Arm]]:
+    """Arms whose engines may start side by side, group by group.
+
+    Engines of this package measure the machine when they start, and engines on a GPU its memory:
+    these start alone. The others start as many at once as there are cores.
+    """
+    if settings.server or environment.has_cuda():
+        return [[arm] for arm in settings.arms]
+    theirs = [arm for arm in settings.arms if not arm.is_ours]
+    size = os.cpu_count() or 1
+    groups = [theirs[first : first + size] for first in range(0, len(theirs), size)]
+    return groups + [[arm] for arm in settings.arms if arm.is_ours]
+
+
+def _start(
+    arms: Sequence[Arm], settings: Settings, running: dict[str, EngineProcess | ServedEngine]
+) -> None:
+    """Start the engines of a group and add them to `running`, ready or not."""
+    for arm in arms:
+        config = arm.engine_config(settings.llm, settings.env)
+        with _naming(arm):
+            running[arm.name] = (
+                ServedEngine(config) if settings.server else EngineProcess(config, wait=False)
+            )
+    for arm in arms:
+        engine = running[arm.name]
+        if isinstance(engine, ServedEngine):
+            continue
+        with _naming(arm):
+            engine.wait()
+
+
+@contextlib.contextmanager
+def _naming(arm: Arm) -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"arm {arm.name!r} did not start: {error}") from error
 
 
 def print_tables(result: dict[str, Any]) -> None:

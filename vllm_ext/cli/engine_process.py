@@ -26,14 +26,16 @@ PROCESS_SHUTDOWN_SECONDS = 2 * ENGINE_SHUTDOWN_SECONDS
 class EngineProcess:
     """A context manager around one engine; every call blocks until the engine has answered."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start the engine and wait until it is ready.
+    def __init__(self, config: EngineConfig, *, wait: bool = True) -> None:
+        """Start the engine, and unless told otherwise wait until it is ready.
 
         Raises:
             EngineError: The engine did not start; the message holds vLLM's reason.
         """
         self._config = config
         self._start()
+        if wait:
+            self.wait()
 
     @property
     def log(self) -> Path:
@@ -44,6 +46,20 @@ class EngineProcess:
         """Stop the engine, crashed or not, and start it anew; raises as the constructor does."""
         self.close()
         self._start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the engine is ready; once, before anything is asked of it.
+
+        Raises:
+            EngineError: The engine did not start; the message holds vLLM's reason.
+        """
+        try:
+            self._receive()
+        except BaseException as error:
+            self._failed = isinstance(error, Exception)  # not when the user ends the program
+            self.close()
+            raise
 
     def _start(self) -> None:
         handle, path = tempfile.mkstemp(prefix="vllm-ext-engine-", suffix=".log")
@@ -57,12 +73,6 @@ class EngineProcess:
         assert self._process.pid is not None
         self._pid = self._process.pid
         child.close()
-        try:
-            self._receive()
-        except BaseException as error:
-            self._failed = isinstance(error, Exception)  # not when the user ends the program
-            self.close()
-            raise
 
     def encode(self, rows: Sequence[str | list[dict[str, Any]]], *, raw: bool) -> list[list[int]]:
         """Token ids of each row: a text, or the messages of a chat.

@@ -19,7 +19,7 @@ from proposers.overlap import Overlap
 from proposers.pearl import Pearl, Tally
 from proposers.tree import TokenTree
 from vllm_ext import hooks
-from vllm_ext.methods import PearlConfig
+from vllm_ext.method_options import PearlConfig
 from vllm_ext.worker.beside import BesideThread, per_thread_context
 from vllm_ext.worker.draft_runner import DraftModelMixin
 from vllm_ext.worker.trace import Trace

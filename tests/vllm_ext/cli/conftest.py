@@ -71,6 +71,9 @@ class FakeEngine:
             engine_steps=None if share is None else tokens - self.accepted,
         )
 
+    def wait(self) -> None:
+        """It is ready at once."""
+
     def encode(self, rows: Sequence[Any], *, raw: bool) -> list[list[int]]:
         return [[index] for index in range(len(rows))]
 

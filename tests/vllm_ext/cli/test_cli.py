@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_ext.cli import app, bench, engines, verify
+from vllm_ext.cli import app, bench, engines, environment, verify
+from vllm_ext.cli.arms import parse_arms
+from vllm_ext.cli.bench_run import Plan
 from vllm_ext.cli.engine_types import EngineConfig, EngineError
 
 
@@ -96,7 +99,7 @@ def test_an_engine_that_does_not_start_exits_with_1_and_its_reason(
 ) -> None:
     pytest.importorskip("vllm")
 
-    def fails(config: object) -> None:
+    def fails(config: object, **options: bool) -> None:
         raise EngineError("the model is not there")
 
     monkeypatch.setattr(module, "EngineProcess", fails)
@@ -114,7 +117,7 @@ def fake_engines(FakeEngine: Any, request_of: Any, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("vllm")
     started: list[Any] = []
 
-    def start(config: EngineConfig) -> Any:
+    def start(config: EngineConfig, *, wait: bool = True) -> Any:
         speculates = "speculative_config" in config.llm
         engine = FakeEngine(
             lambda ids, params: request_of([*ids, 7, 7, 7]),
@@ -156,6 +159,49 @@ def test_bench_from_end_to_end(tmp_path: Path, fake_engines: list[Any]) -> None:
     assert "2.00 [2.00 2.00]" in output
     assert len(fake_engines) == 3
     assert all(engine.closed for engine in fake_engines)
+
+
+def test_only_engines_that_measure_nothing_start_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vllm")
+    arms = parse_arms("dyspec,none,copy,ngram,suffix")
+    plan = Plan([1], rounds=1, max_tokens=8, temperature=0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(environment, "has_cuda", lambda: False)
+
+    def order(*, server: bool = False) -> list[list[str]]:
+        settings = bench.Settings(model="m", arms=arms, plan=plan, server=server)
+        return [[arm.name for arm in group] for group in bench.start_order(settings)]
+
+    assert order() == [["none", "ngram"], ["suffix"], ["dyspec"], ["copy"]]
+    alone = [[arm.name] for arm in arms]
+    assert order(server=True) == alone
+    monkeypatch.setattr(environment, "has_cuda", lambda: True)
+    assert order() == alone
+
+
+def test_engines_of_a_group_are_stopped_when_one_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, FakeEngine: Any
+) -> None:
+    pytest.importorskip("vllm")
+    started = [FakeEngine(), FakeEngine()]
+
+    def fails() -> None:
+        raise EngineError("the model is not there")
+
+    started[0].wait = fails
+    waiting = iter(started)
+    monkeypatch.setattr(bench, "EngineProcess", lambda config, wait: next(waiting))
+    monkeypatch.setattr(bench, "start_order", lambda settings: [list(settings.arms)])
+    plan = Plan([1], rounds=1, max_tokens=8, temperature=0.0)
+    settings = bench.Settings(model="m", arms=parse_arms("none,ngram"), plan=plan)
+    with (
+        pytest.raises(EngineError, match="arm 'none' did not start: the model is not there"),
+        bench.start_engines(settings),
+    ):
+        pytest.fail("engines that did not start were handed out")
+    assert [engine.closed for engine in started] == [True, True]
 
 
 def test_bench_on_several_files(tmp_path: Path, fake_engines: list[Any]) -> None:

@@ -108,6 +108,19 @@ def test_closing_ends_every_process_of_the_engine(stand_in: EngineConfig) -> Non
     assert not engine.log.exists()
 
 
+def test_several_start_side_by_side(stand_in: EngineConfig) -> None:
+    good = EngineProcess(stand_in, wait=False)
+    bad = EngineProcess(EngineConfig({"model": "missing"}, stand_in.env), wait=False)
+    with pytest.raises(EngineError, match="no such model"):
+        bad.wait()
+    good.wait()
+    assert good.generate([[7]], [{}]).num_tokens == 2
+    never_waited_for = EngineProcess(stand_in, wait=False)
+    for engine in (good, bad, never_waited_for):
+        engine.close()
+    assert not never_waited_for.log.exists()
+
+
 def test_a_refused_request_leaves_the_engine_usable(stand_in: EngineConfig) -> None:
     with EngineProcess(stand_in) as engine:
         with pytest.raises(EngineError, match="ValueError: refused") as caught:
