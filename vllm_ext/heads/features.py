@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +49,8 @@ def read(
     samples: Sequence[Sample],
     top_k: int,
     advance: Callable[[int], None],
+    budget: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Features:
     """Features of the answers of `samples`, in their order.
 
@@ -54,13 +59,19 @@ def read(
         samples: texts; those without an answer are left out.
         top_k: K.
         advance: called with the number of new texts.
+        budget: seconds; then the rest is left out, texts of any length. Some are read in any case.
+        clock: seconds, from any beginning.
     """
+    begin_time = clock()
     wanted = [i for i, sample in enumerate(samples) if sample.answer]
     parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     # Texts of similar length together: what is padded is computed for nothing.
     order = sorted(wanted, key=lambda i: len(samples[i].prompt) + len(samples[i].answer))
-    for first in range(0, len(order), _TOGETHER):
-        some = order[first : first + _TOGETHER]
+    batches = [order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER)]
+    random.Random(0).shuffle(batches)
+    for some in batches:
+        if parts and clock() - begin_time >= budget:
+            break
         rows = [samples[i].prompt + samples[i].answer for i in some]
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
         # Padding stands behind the text, where a causal model does not look.
@@ -70,6 +81,7 @@ def read(
             answer = states[begin : begin + len(samples[i].answer)]
             parts[i] = (answer.to("cpu", torch.bfloat16), *labels(target, answer, top_k))
         advance(len(some))
+    wanted = [i for i in wanted if i in parts]
     answers = [samples[i].answer for i in wanted]
     return Features(
         hidden=torch.cat([parts[i][0] for i in wanted]),

@@ -35,14 +35,15 @@ class HeadPlan:
     """How the time is shared out.
 
     Attributes:
-        writing: share of the time for the target's writing; reading takes about as long again on a
-            CPU, and training gets the rest, a fifth of the time at least.
+        writing: share of the time for the target's writing.
+        training: share that reading must leave: on a slow machine not all of the text is read.
         answer: most tokens of an answer.
         held_out: one text of so many is kept out of the training, for the evaluation.
         context: most tokens of a text.
     """
 
     writing: float = 0.4
+    training: float = 0.3
     answer: int = 220
     held_out: int = 16
     context: int = 1024
@@ -85,14 +86,16 @@ def make_head(
     samples = _written(target, inputs, dtype, total * plan.writing, plan)
     written = time.monotonic() - begin
     model = _loaded(target, dtype)
-    features, held_out = _read(model, samples, plan)
+    # A short time may be over before: some text is read in any case.
+    left = total * (1 - plan.training) - (time.monotonic() - begin)
+    features, held_out = _read(model, samples, plan, max(left, total * plan.training / 2))
     weight = model.get_output_embeddings().weight.detach()
     tokens = frequent(features, len(weight), settings.tokens)
     embeddings = model.get_input_embeddings().weight.detach()[: model.config.vocab_size]
     outputs = weight[tokens.to(weight.device)]
     del model
     spent = time.monotonic() - begin
-    budget = max(total - spent, total / 5)
+    budget = max(total - spent, total * plan.training / 2)
     say(f"training: {len(features)} places of {len(samples)} texts, {budget:.0f} s")
     with progress("training", total=round(budget)) as advance:
         head = fit(features, tokens, embeddings, outputs, settings, budget, whole_seconds(advance))
@@ -171,8 +174,10 @@ def _loaded(target: Path, dtype: str) -> Any:
     return model
 
 
-def _read(model: Any, samples: Sequence[Sample], plan: HeadPlan) -> tuple[Features, Features]:
-    """Features to train on, and to evaluate on.
+def _read(
+    model: Any, samples: Sequence[Sample], plan: HeadPlan, budget: float
+) -> tuple[Features, Features]:
+    """Features to train on, and to evaluate on, as far as `budget` seconds go.
 
     Raises:
         DistillError: if either would be empty.
@@ -190,8 +195,9 @@ def _read(model: Any, samples: Sequence[Sample], plan: HeadPlan) -> tuple[Featur
         def read_on(count: int) -> None:
             advance(count, "")
 
-        features = read(model, kept, _TOP_K, read_on)
-        return features, read(model, held_out, _TOP_K, read_on)
+        share = len(held_out) / len(useful)
+        judged_on = read(model, held_out, _TOP_K, read_on, budget * share)
+        return read(model, kept, _TOP_K, read_on, budget * (1 - share)), judged_on
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:

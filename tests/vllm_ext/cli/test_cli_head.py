@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from proposers.hydra import HydraHead
@@ -42,10 +43,16 @@ def test_options_reach_the_training_and_the_report_is_shown(
 
 
 @pytest.mark.engine
-def test_a_real_model_gets_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_gets_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """The whole command on the tiny model, which repeats itself: its head knows what comes next."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Beside other tests, threads that share tiny products wait for each other most of the time.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     from vllm_ext.heads.run import HeadPlan, make_head
     from vllm_ext.heads.training import HeadSettings
 

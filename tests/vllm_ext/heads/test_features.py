@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.vllm_ext.engine import make_tiny_model
+from tests.vllm_ext.heads.clock import ticking
 from vllm_ext.distill.student import load_target
 from vllm_ext.heads.features import read
 from vllm_ext.heads.writing import Sample
@@ -49,3 +50,19 @@ def test_features_are_the_targets_own_wherever_a_text_lies_in_a_batch(target: An
                 found.probs[begin + j].float(), best.values, rtol=1e-2, atol=1e-3
             )
         begin += len(sample.answer)
+
+
+def test_what_time_does_not_suffice_for_is_left_out(target: Any) -> None:
+    samples = [Sample([5], [1 + i] * (1 + i), float(i % 2)) for i in range(56)]
+    told: list[int] = []
+    found = read(target, samples, 4, told.append, budget=2.5, clock=ticking(1.0))
+    assert sum(told) == 24  # three batches of 8, of which the third ends after the time
+    said = [samples[int(token) - 1] for token in found.token.unique()]
+    assert len(said) == 24
+    assert len(found) == sum(len(sample.answer) for sample in said)
+    assert max(len(sample.answer) for sample in said) > 32  # not the shortest
+    for sample in said:  # what belongs together is still together
+        at = found.token == sample.answer[0]
+        assert found.left[at].tolist() == list(range(len(sample.answer), 0, -1))
+        assert (found.greedy[at] == (sample.temperature == 0)).all()
+    assert len(read(target, samples, 4, told.append, budget=-1.0)) > 0
