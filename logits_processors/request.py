@@ -30,7 +30,7 @@ class RequestError(ConstraintError):
     """A request's keys were refused.
 
     Attributes:
-        key: the one to change; the first of them if several are wrong.
+        key: one to change, if several are wrong.
     """
 
     def __init__(self, key: str, message: str) -> None:

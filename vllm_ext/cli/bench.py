@@ -171,6 +171,7 @@ def measure(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
     """
     before = environment.describe()
     with start_engines(settings) as running:
+        model_files = cached_files(settings.model)  # now: nothing may fail after the measurement
         first = next(iter(running.values()))
         token_ids = first.encode([row.content for row in rows], raw=settings.raw)
         warm_up = first.encode([WARM_UP_TEXT], raw=settings.raw)[0]
@@ -185,7 +186,7 @@ def measure(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
                 advance(1, measurement.arm)
     return {
         "environment": {**before, "load_average_after": environment.describe()["load_average"]},
-        "settings": _describe(settings, prompts, num_rows=len(rows)),
+        "settings": _describe(settings, prompts, num_rows=len(rows)) | {"model_files": model_files},
         "arms": bench_report.summarise(measurements),
     }
 
@@ -266,7 +267,6 @@ def _describe(
         "engine_environment": settings.env,
         "compiled": not settings.llm["enforce_eager"],
         "speculative_config": {arm.name: arm.speculative_config for arm in settings.arms},
-        "model_files": cached_files(settings.model),
         "chat_template": not settings.raw,
         "temperature": settings.plan.temperature,
         "max_tokens": settings.plan.max_tokens,

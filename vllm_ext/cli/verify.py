@@ -143,12 +143,14 @@ def verify(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
     env = engines.engine_env(cuda=cuda) | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     before = environment.describe()
     prompts: list[EncodedPrompt] = []
+    model_files: dict[str, str] = {}
     answers: dict[str, Answers] = {}
     reports: dict[str, list[CellReport]] = {}
     *compared, reference = settings.arms
     for arm in settings.arms:
         with EngineProcess(arm.engine_config(llm, env)) as engine:
             if not prompts:
+                model_files = cached_files(settings.model)
                 token_ids = engine.encode([row.content for row in rows], raw=settings.raw)
                 prompts = fitting(rows, token_ids, settings.max_model_len - settings.max_tokens)
             answers[arm.name] = _answer_with_bar(engine, arm.name, prompts, settings)
@@ -164,7 +166,7 @@ def verify(settings: Settings, rows: Sequence[Prompt]) -> dict[str, Any]:
             "llm": llm,
             "engine_environment": env,
             "speculative_config": {arm.name: arm.speculative_config for arm in settings.arms},
-            "model_files": cached_files(settings.model),
+            "model_files": model_files,
             "chat_template": not settings.raw,
             "max_tokens": settings.max_tokens,
             "batches": list(settings.batches),

@@ -42,6 +42,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.token)
 
+    @property
+    def texts(self) -> int:
+        """How many texts the places are of."""
+        return int((self.left == 1).sum())
+
 
 @torch.inference_mode()
 def read(
@@ -62,7 +67,7 @@ def read(
         budget: seconds; then the rest is left out, texts of any length. Some are read in any case.
         clock: seconds, from any beginning.
     """
-    begin_time = clock()
+    started = clock()
     wanted = [i for i, sample in enumerate(samples) if sample.answer]
     parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     # Texts of similar length together: what is padded is computed for nothing.
@@ -70,7 +75,7 @@ def read(
     batches = [order[first : first + _TOGETHER] for first in range(0, len(order), _TOGETHER)]
     random.Random(0).shuffle(batches)
     for some in batches:
-        if parts and clock() - begin_time >= budget:
+        if parts and clock() - started >= budget:
             break
         rows = [samples[i].prompt + samples[i].answer for i in some]
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)

@@ -36,7 +36,7 @@ class HeadPlan:
 
     Attributes:
         writing: share of the time for the target's writing.
-        training: share that reading must leave: on a slow machine not all of the text is read.
+        training: least share for the training: on a slow machine not all of the text is read.
         answer: most tokens of an answer.
         held_out: one text of so many is kept out of the training, for the evaluation.
         context: most tokens of a text.
@@ -47,6 +47,14 @@ class HeadPlan:
     answer: int = 220
     held_out: int = 16
     context: int = 1024
+
+    def reading(self, total: float, spent: float) -> float:
+        """Seconds for reading; where the writing took too long, some text is read all the same."""
+        return max(total * (1 - self.training) - spent, total * self.training / 2)
+
+    def fitting(self, total: float, spent: float) -> float:
+        """Seconds for the training: what is left, and its share in any case."""
+        return max(total - spent, total * self.training)
 
 
 def make_head(
@@ -86,17 +94,15 @@ def make_head(
     samples = _written(target, inputs, dtype, total * plan.writing, plan)
     written = time.monotonic() - begin
     model = _loaded(target, dtype)
-    # A short time may be over before: some text is read in any case.
-    left = total * (1 - plan.training) - (time.monotonic() - begin)
-    features, held_out = _read(model, samples, plan, max(left, total * plan.training / 2))
+    features, held_out = _read(model, samples, plan, plan.reading(total, time.monotonic() - begin))
     weight = model.get_output_embeddings().weight.detach()
     tokens = frequent(features, len(weight), settings.tokens)
     embeddings = model.get_input_embeddings().weight.detach()[: model.config.vocab_size]
     outputs = weight[tokens.to(weight.device)]
     del model
     spent = time.monotonic() - begin
-    budget = max(total - spent, total * plan.training / 2)
-    say(f"training: {len(features)} places of {len(samples)} texts, {budget:.0f} s")
+    budget = plan.fitting(total, spent)
+    say(f"training: {len(features)} places of {features.texts} texts, {budget:.0f} s")
     with progress("training", total=round(budget)) as advance:
         head = fit(features, tokens, embeddings, outputs, settings, budget, whole_seconds(advance))
     # What is judged is what is stored, rounded.
@@ -106,7 +112,12 @@ def make_head(
         "plan": asdict(plan),
         "minutes": minutes,
         "dtype": dtype,
-        "data": {"texts": len(samples), "places": len(features), "held_out": len(held_out)},
+        "data": {
+            "texts": len(samples),
+            "read": features.texts + held_out.texts,
+            "places": len(features),
+            "held_out": len(held_out),
+        },
         "seconds": {"writing": written, "reading": spent - written, "training": budget},
         "agreement": {
             kind: [asdict(one) for one in depths]

@@ -131,6 +131,7 @@ def fake_engines(FakeEngine: Any, request_of: Any, monkeypatch: pytest.MonkeyPat
 
     for module in (bench, verify):
         monkeypatch.setattr(module, "EngineProcess", start)
+        monkeypatch.setattr(module, "cached_files", lambda model: {"head": f"of {model}"})
     monkeypatch.setattr(start, "close", FakeEngine.close, raising=False)
     return started
 
@@ -155,6 +156,7 @@ def test_bench_from_end_to_end(tmp_path: Path, fake_engines: list[Any]) -> None:
     assert result["arms"]["none"][0]["drafting_share"] is None
     assert result["settings"]["llm"]["enable_prefix_caching"] is False
     assert result["settings"]["speculative_config"]["dyspec"] == {"method": "dyspec"}
+    assert result["settings"]["model_files"] == {"head": "of m"}
     assert result["environment"]["command"]
     assert "2.00 [2.00 2.00]" in output
     assert len(fake_engines) == 3
@@ -247,6 +249,7 @@ def test_verify_passes_on_equal_answers(tmp_path: Path, fake_engines: list[Any])
     assert set(result["compared"]) == {"dyspec", "ngram"}
     assert result["compared"]["dyspec"][0]["draft_tokens"] == 12
     assert result["settings"]["engine_environment"]["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert result["settings"]["model_files"] == {"head": "of m"}
     assert "PASS identical" in output
 
 

@@ -58,7 +58,7 @@ def test_what_time_does_not_suffice_for_is_left_out(target: Any) -> None:
     found = read(target, samples, 4, told.append, budget=2.5, clock=ticking(1.0))
     assert sum(told) == 24  # three batches of 8, of which the third ends after the time
     said = [samples[int(token) - 1] for token in found.token.unique()]
-    assert len(said) == 24
+    assert len(said) == found.texts == 24
     assert len(found) == sum(len(sample.answer) for sample in said)
     assert max(len(sample.answer) for sample in said) > 32  # not the shortest
     for sample in said:  # what belongs together is still together

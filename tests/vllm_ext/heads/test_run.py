@@ -29,3 +29,34 @@ def test_no_text_is_both_learnt_and_judged(monkeypatch: pytest.MonkeyPatch) -> N
 def test_too_little_text_is_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(DistillError, match=rf"wrote {len(lengths)} texts, of which [01] have two"):
         _read(SimpleNamespace(), texts(*lengths), HeadPlan(), 9.0)
+
+
+def test_reading_shares_its_time_between_what_is_learnt_and_what_is_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def read(model: Any, samples: list[Sample], top_k: int, advance: Any, budget: float) -> None:
+        asked.append((len(samples), budget))
+
+    monkeypatch.setattr(run, "read", read)
+    _read(SimpleNamespace(), texts(*[2] * 8), HeadPlan(held_out=4), 8.0)
+    assert asked == [(2, 2.0), (6, 6.0)]
+
+
+@pytest.mark.parametrize(
+    ("spent", "reading", "after", "fitting"),
+    [
+        (40.0, 30.0, 50.0, 50.0),  # read quickly: the training gets what is left
+        (40.0, 30.0, 70.0, 30.0),
+        (40.0, 30.0, 90.0, 30.0),  # whatever was read, the training has its share
+        (65.0, 15.0, 80.0, 30.0),  # the writing took too long
+        (200.0, 15.0, 215.0, 30.0),
+    ],
+)
+def test_the_training_has_its_share_of_the_time(
+    spent: float, reading: float, after: float, fitting: float
+) -> None:
+    plan = HeadPlan(training=0.3)
+    assert plan.reading(100.0, spent) == pytest.approx(reading)
+    assert plan.fitting(100.0, after) == pytest.approx(fitting)
