@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .law import SamplingLaw
+from .race import ascending
 
 _RESISTANCE = np.array([0.0, 1.0, 3.0, 4.0, 5.0, 6.0, np.inf])
 
@@ -49,7 +51,8 @@ class Momentum:
             history: prompt and output tokens so far.
         """
         log_probs = SamplingLaw().log_probs(logits)
-        candidates = np.argsort(-log_probs, kind="stable")[: self.top_k]
+        # Tokens of probability 0 are no candidates: resistance can put all others below 0.
+        candidates = np.array(list(islice(ascending(-log_probs), self.top_k)))
         depths = circular_depths(history, candidates)
         resistance = _RESISTANCE[depths]
         # alpha = 0 means no resistance, even where it would be infinite.

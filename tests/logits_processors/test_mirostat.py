@@ -3,6 +3,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from logits_processors.mirostat import Mirostat
 
@@ -32,6 +35,18 @@ def test_version_1_keeps_the_rank_of_a_zipf_law(exponent):
     rank = (factor * 2**mu) ** (1 / exponent)
     assert kept.sum() == pytest.approx(rank, abs=2 + 0.02 * rank)
     assert kept[: kept.sum()].all()
+
+
+@given(
+    arrays(np.float64, st.integers(1, 300), elements=st.sampled_from([0.5, 1, 2, 3, 7, np.inf])),
+    st.floats(-2, 12),
+)
+def test_version_1_keeps_the_first_of_the_sorted_tokens(surprise, mu):
+    surprise[0] = 1.0  # a law has a token of some probability
+    kept = Mirostat(version=1).keep(surprise, mu)
+    order = np.argsort(surprise, kind="stable")
+    assert kept[order[: kept.sum()]].all()
+    assert kept.any()
 
 
 def test_version_1_on_degenerate_laws():

@@ -34,6 +34,17 @@ def test_resistance_turns_the_walk_away():
     assert Momentum(top_k=1).choose(logits, [0] * 20) == 0
 
 
+def test_a_token_of_no_probability_is_never_taken():
+    logits = np.array([0.0, -1.0, -np.inf, -np.inf])
+    assert Momentum(alpha=1.0).choose(logits, [0, 1] * 20) in (0, 1)
+    assert Momentum(alpha=1.0).choose(np.array([-np.inf, 0.0]), [1] * 20) == 1
+
+
+def test_equal_candidates_come_in_order_of_their_ids():
+    assert Momentum().choose(np.zeros(1000), []) == 0
+    assert Momentum(top_k=3).choose(np.zeros(1000), [0, 1, 5]) == 2
+
+
 def test_greedy_runs_in_circles_and_momentum_does_not():
     rng = np.random.default_rng(0)
     table = rng.normal(size=(12, 12)) * 0.5
