@@ -22,63 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.v1.sample.logits_processor.builtin import (
-    LogitBiasLogitsProcessor,
-    MinPLogitsProcessor,
-    MinTokensLogitsProcessor,
-)
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext.worker.walk import WalkResult
 
 _GREEDY_BELOW = 1e-5  # vLLM's own limit on the temperature
 _CHUNK_ELEMENTS = 1 << 23  # logits handled at a time: 32 MiB in float32, of what vLLM left free
-
-
-def why_sequential(sampler: Any, metadata: Any) -> str | None:
-    """Why this batch needs the sequential walk, or ``None``.
-
-    A row can be sampled before it is visited only if its law depends on its logits and on constants
-    of its request: temperature, top-k, top-p, allowed tokens, a grammar's mask (in the logits
-    already).  Whatever looks at the tokens before it, or reports on the visited row, cannot.
-
-    Args:
-        sampler: the runner's sampler.
-        metadata: vLLM's ``SamplingMetadata`` of the batch.
-    """
-    if type(sampler) is not Sampler:
-        return f"sampler {type(sampler).__name__}"
-    if getattr(sampler, "use_fp64_gumbel", False):
-        return "float64 noise"
-    if metadata.max_num_logprobs is not None or metadata.logprob_token_ids:
-        return "logprobs"
-    if not metadata.no_penalties:
-        return "penalties"
-    if metadata.bad_words_token_ids:
-        return "bad words"
-    holder = getattr(metadata, "thinking_budget_state_holder", None)
-    if holder is not None and holder.has_tracked_requests():
-        return "thinking budget"
-    for processor in metadata.logitsprocs.all:
-        if not _is_idle(processor):
-            return f"logits processor {type(processor).__name__}"
-    return None
-
-
-def _is_idle(processor: Any) -> bool:
-    """Whether a processor changes no request of this batch; what is not known may always."""
-    if type(processor) is MinTokensLogitsProcessor:
-        return not processor.min_toks
-    if type(processor) is LogitBiasLogitsProcessor:
-        return not processor.biases
-    if type(processor) is MinPLogitsProcessor:
-        return not processor.min_p_count
-    if type(processor) is V1Processor:
-        return not processor.in_use
-    return False
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ from vllm.v1.worker.gpu_worker import Worker
 from proposers.cost_model import AttentionCost
 from proposers.merging import WIDTH
 from vllm_ext import hooks
-from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host, why_sequential
+from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host
 from vllm_ext.worker.drafting import Candidates
 from vllm_ext.worker.observe import top_candidates
+from vllm_ext.worker.rowwise import why_sequential
 from vllm_ext.worker.runner import TreeRunnerMixin
 from vllm_ext.worker.step import Step
 from vllm_ext.worker.walk import WalkResult

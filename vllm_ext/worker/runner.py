@@ -37,6 +37,7 @@ from vllm_ext.worker.latency import StepTimer
 from vllm_ext.worker.metrics import Counters
 from vllm_ext.worker.processing import ProcessorsMixin, processors_built_under_speculation
 from vllm_ext.worker.ratio_walk import ratio_walk
+from vllm_ext.worker.rowwise import why_sequential
 from vllm_ext.worker.sampled_runner import SampledDraftsMixin
 from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
 from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
@@ -175,7 +176,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
 
     def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
         """As `_verify`, where no tree was drawn."""
-        return self._walk(walk, logits, step)  # type: ignore[no-any-return]
+        rowwise = why_sequential(self.sampler, self.input_batch.sampling_metadata) is None
+        return self._walk(partial(walk, rowwise=rowwise), logits, step)  # type: ignore[no-any-return]
 
     def _walk(
         self: Any, how: Callable[..., WalkResult], logits: torch.Tensor, step: Step

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from proposers.tree import TokenTree
+from vllm_ext.worker.rowwise import part_of
 
 PLACEHOLDER = -1
 """Marks unused places in the ragged result; vLLM's ``parse_output`` filters them out."""
@@ -55,6 +56,7 @@ def walk(
     histories: Sequence[list[int] | None],
     update_processors: Callable[[Sequence[int]], None],
     undrawn: Sequence[int] = (),
+    rowwise: bool = False,
 ) -> WalkResult:
     """Verify one tree per request.
 
@@ -70,6 +72,9 @@ def walk(
             the requests that still draw.
         undrawn: requests whose draw is thrown away (unfinished prompts) and whose generator must
             stay where it is.
+        rowwise: give the Sampler, below the roots, the requests that still draw instead of the
+            whole batch: the same tokens for less work. Only where `why_sequential` of
+            `vllm_ext.worker.rowwise` is ``None``.
 
     Returns:
         The emitted tokens of each request and the nodes that were accepted.
@@ -84,15 +89,18 @@ def walk(
     sleeping = set(undrawn)
     # Drafts must not be taken for history: the path so far is in `histories`.
     metadata = replace(metadata, spec_token_ids=None)
+    batch = list(range(count))
     try:
         while live:
-            rows = [start + 1 + node for start, node in zip(starts, nodes, strict=True)]
+            given = live if rowwise and tokens[live[0]] else batch
+            rows = [starts[request] + 1 + nodes[request] for request in given]
             level = logits if len(rows) == len(logits) else logits[rows]
             drawing = [request for request in live if request not in sleeping]
-            output = sampler(
-                logits=level, sampling_metadata=_with_generators(metadata, drawing, count)
-            )
-            drawn = output.sampled_token_ids[:, 0].tolist()
+            asked = _with_generators(metadata, drawing, count)
+            if given is live:
+                asked = part_of(asked, live)
+            output = sampler(logits=level, sampling_metadata=asked)
+            drawn = dict(zip(given, output.sampled_token_ids[:, 0].tolist(), strict=True))
             logprobs.append(output.logprobs_tensors)
             descending = []
             for request in live:

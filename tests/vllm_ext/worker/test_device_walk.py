@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import (
-    LogitBiasLogitsProcessor,
-    MinPLogitsProcessor,
-    MinTokensLogitsProcessor,
-)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from logits_processors.vllm_v1 import V1Processor
 from proposers.tree import TokenTree
 from vllm_ext.worker import device_walk as module
-from vllm_ext.worker.device_walk import DeviceWalk, to_host, why_sequential
+from vllm_ext.worker.device_walk import DeviceWalk, to_host
 from vllm_ext.worker.walk import WalkResult, walk
 
 VOCAB = 24
@@ -201,56 +194,3 @@ def test_nothing_waits_for_the_device() -> None:
         DeviceWalk(batch.logits, batch.metadata(), batch.trees, batch.starts)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
         bool(batch.logits.any())  # the control
-
-
-def test_what_needs_the_sequential_walk() -> None:
-    plain = metadata(2)
-    assert why_sequential(gpu_sampler(), plain) is None
-    reasons = {
-        "logprobs": {"max_num_logprobs": 0},
-        "penalties": {"no_penalties": False},
-        "bad words": {"bad_words_token_ids": {0: [[1]]}},
-    }
-    for reason, given in reasons.items():
-        assert why_sequential(gpu_sampler(), replace(plain, **given)) == reason
-    scoring = replace(plain, logprob_token_ids={0: [1]})
-    assert why_sequential(gpu_sampler(), scoring) == "logprobs"
-
-
-class _Subclass(Sampler):
-    pass
-
-
-class _Stranger(MinPLogitsProcessor):
-    """Not vLLM's own: what it looks at is not known."""
-
-    min_p_count = 0
-
-
-def test_samplers_that_are_not_vllms_own() -> None:
-    assert why_sequential(_Subclass(), metadata(1)) == "sampler _Subclass"
-    assert why_sequential(Sampler(use_fp64_gumbel=True), metadata(1)) == "float64 noise"
-
-
-def test_logits_processors_count_when_they_act() -> None:
-    def processor(cls: type, **state: Any) -> Any:
-        made: Any = object.__new__(cls)
-        made.__dict__.update(state)
-        return made
-
-    idle = [
-        processor(MinTokensLogitsProcessor, min_toks={}),
-        processor(LogitBiasLogitsProcessor, biases={}),
-        processor(MinPLogitsProcessor, min_p_count=0),
-        processor(V1Processor, _rows={}),
-    ]
-    given = metadata(1, logitsprocs=LogitsProcessors(idle))
-    assert why_sequential(gpu_sampler(), given) is None
-    actions = ({"min_toks": {0: 1}}, {"biases": {0: 1}}, {"min_p_count": 1}, {"_rows": {0: ()}})
-    for index, acting in enumerate(actions):
-        processors = copy.copy(idle)
-        processors[index] = processor(type(idle[index]), **acting)
-        given = metadata(1, logitsprocs=LogitsProcessors(processors))
-        assert "logits processor" in str(why_sequential(gpu_sampler(), given))
-    given = metadata(1, logitsprocs=LogitsProcessors([processor(_Stranger)]))
-    assert "_Stranger" in str(why_sequential(gpu_sampler(), given))
