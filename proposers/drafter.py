@@ -78,6 +78,7 @@ class TreeDrafter:
         self._grower: Grower = grower or DySpec(Mixture(sources), options)
         self._sources = self._grower.sources
         self.gate = gate
+        self._wanted = True  # by any request of the latest batch
         self._requests: dict[str, _Request] = {}
 
     def start(
@@ -120,6 +121,11 @@ class TreeDrafter:
         self._grower.learn(request, tokens)
         for source in self._sources:
             source.extend(request, tokens)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether drafts pay at present and are wanted; else all learning is for later."""
+        return self._wanted and (self.gate is None or self.gate.is_open)
 
     @property
     def watches(self) -> bool:
@@ -170,11 +176,14 @@ class TreeDrafter:
             Draftee(request, record.greedy, record.chain, limit)
             for request, record, limit in zip(requests, records, limits, strict=True)
         ]
+        self._wanted = any(limits)
+        if not self._wanted:
+            return [TokenTree.EMPTY] * len(requests)
         cost = self.cost.in_context(base_rows, [record.length for record in records])
         trees = self._grower.grow(
             draftees, cost, base_rows=base_rows, base_tokens=base_tokens, most=most
         )
-        if gate is None or not any(limits):
+        if gate is None:
             return trees
         nodes = sum(map(len, trees))
         extra = sum(sum(tree.probs) for tree in trees)

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to our own worker
@@ -97,6 +98,7 @@ def main() -> None:
             _cost(full, name, keys, batch, args)
             for batch in args.batch
             for name, keys in CASES.items()
+            if name in args.cases
         ]
         for engine in (full, bare, control):
             engine.llm_engine.engine_core.shutdown()  # vLLM may wait for them forever otherwise

@@ -124,6 +124,19 @@ def test_a_step_without_room_says_nothing_about_drafting(table_source) -> None:
     assert sum(map(len, d.propose(["r", "s"]))) > 3
 
 
+def test_it_drafts_unless_nobody_wants_it_or_the_gate_is_closed() -> None:
+    gate = Gate()
+    drafter = TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT), gate=gate)
+    drafter.start("a", [1, 2, 1, 2, 1], greedy=True)
+    assert drafter.drafts
+    assert drafter.propose(["a"], max_nodes=[0]) == [TokenTree.EMPTY]
+    assert not drafter.drafts
+    assert len(drafter.propose(["a"])[0]) > 0
+    assert drafter.drafts
+    gate.is_open = False
+    assert not drafter.drafts
+
+
 def test_namespaces_do_not_share_tables() -> None:
     d = drafter()
     d.start("base", [1, 2], greedy=True)

@@ -19,6 +19,9 @@ from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.step import Step
 from vllm_ext.worker.walk import WalkResult
 
+LISTEN_EVERY = 8
+"""While nothing is drafted, one of so many steps is learnt from."""
+
 
 @dataclass(slots=True)
 class Candidates:
@@ -52,6 +55,7 @@ class Drafting:
         self.trees: dict[str, TokenTree] = {}
         self._branching = trees
         self._known: dict[str, int] = {}  # tokens that the drafter has of each request
+        self._unlearnt = 0  # steps since rows were learnt last
 
     def start(self, request_id: str, state: Any) -> None:
         """Begin a request, once its first token is known.
@@ -76,11 +80,23 @@ class Drafting:
         if self._known.pop(request_id, None) is not None:
             self.drafter.stop(request_id)
 
+    def listens(self, step: Step) -> bool:
+        """Whether to learn from the rows of a step; asked once per step.
+
+        Looking for candidates and keeping them costs 2% of a step of 8 requests. While nothing is
+        drafted that would be the price of being there, so then only some steps are learnt from.
+        """
+        self._unlearnt += 1
+        if not (self.drafter.drafts or any(step.trees) or self._unlearnt >= LISTEN_EVERY):
+            return False
+        self._unlearnt = 0
+        return True
+
     def learn(
         self,
         step: Step,
         walked: WalkResult,
-        seen: Candidates,
+        seen: Candidates | None,
         request_ids: Sequence[str],
         states: Mapping[str, Any],
         tokens: Sequence[Sequence[int]],
@@ -90,11 +106,33 @@ class Drafting:
         Args:
             step: what was verified.
             walked: which nodes were accepted.
-            seen: the target's candidates at the rows of ``step``.
+            seen: the target's candidates at the rows of ``step``, if they were looked for.
             request_ids: the batch.
             states: vLLM's ``CachedRequestState`` by request id, with ``tokens`` already appended.
             tokens: what each request emitted; empty for unfinished prompts.
         """
+        if seen is not None:
+            self._observe(step, walked, seen, request_ids, states, tokens)
+        for index, request_id in enumerate(request_ids):
+            state = states[request_id]
+            if not tokens[index] or state.prompt_token_ids is None:
+                continue  # unfinished prompt, or a prompt of embeddings, which has no tokens
+            if self._known.get(request_id) == state.num_tokens - len(tokens[index]):
+                self._known[request_id] = state.num_tokens
+                self.drafter.extend(request_id, tokens[index])
+            else:  # new, or its text was changed behind our back
+                self.start(request_id, state)
+
+    def _observe(
+        self,
+        step: Step,
+        walked: WalkResult,
+        seen: Candidates,
+        request_ids: Sequence[str],
+        states: Mapping[str, Any],
+        tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """The part of `learn` that is about the rows."""
         rejected: list[tuple[int, int, int]] = []  # (before, last, row)
         accepted: list[tuple[int, int, int]] = []
         spaces: dict[int, int] = {}
@@ -122,15 +160,6 @@ class Drafting:
                     np.array([spaces[row] for row in at.tolist()], dtype=np.int64),
                 )
             )
-        for index, request_id in enumerate(request_ids):
-            state = states[request_id]
-            if not tokens[index] or state.prompt_token_ids is None:
-                continue  # unfinished prompt, or a prompt of embeddings, which has no tokens
-            if self._known.get(request_id) == state.num_tokens - len(tokens[index]):
-                self._known[request_id] = state.num_tokens
-                self.drafter.extend(request_id, tokens[index])
-            else:  # new, or its text was changed behind our back
-                self.start(request_id, state)
 
     def see(
         self,

@@ -95,7 +95,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         device_step = DeviceStep.build(step, query_starts, bases, self.processors)
         setattr(metadata, LAUNCH_ATTRIBUTE, TreeLaunch(device_step, block_table))
 
-    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates | None, WalkResult]:
         metadata = self.input_batch.sampling_metadata
         if not any(step.trees) or why_sequential(self.sampler, metadata) is not None:
             return super()._match(logits, step)

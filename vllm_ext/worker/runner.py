@@ -166,7 +166,9 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             logprobs_tensors=stack_logprobs(walked.logprobs),
         )
 
-    def _verify(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+    def _verify(
+        self: Any, logits: torch.Tensor, step: Step
+    ) -> tuple[Candidates | None, WalkResult]:
         """Candidates at the step's rows, and the walk over its trees."""
         self._verifications = verifications = self._verify_how(step)
         if all(verification is None for verification in verifications):
@@ -174,16 +176,20 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         ruled = partial(ratio_walk, verifications=verifications)
         return self._walk(ruled, logits, step)  # type: ignore[no-any-return]
 
-    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates, WalkResult]:
+    def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates | None, WalkResult]:
         """As `_verify`, where no tree was drawn."""
         rowwise = why_sequential(self.sampler, self.input_batch.sampling_metadata) is None
         return self._walk(partial(walk, rowwise=rowwise), logits, step)  # type: ignore[no-any-return]
 
+    def _listens(self: Any, step: Step) -> bool:
+        return self._drafting is not None and bool(self._drafting.listens(step))
+
     def _walk(
         self: Any, how: Callable[..., WalkResult], logits: torch.Tensor, step: Step
-    ) -> tuple[Candidates, WalkResult]:
+    ) -> tuple[Candidates | None, WalkResult]:
         batch = self.input_batch
-        seen = candidates(logits)  # before the walk: a processor may write into the logits
+        # Before the walk: a processor may write into the logits.
+        seen = candidates(logits) if self._listens(step) else None
         with self._processors_walking():
             walked = how(
                 self.sampler,

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ext.worker.drafting import Drafting, batch_limit
+from proposers.tree import TokenTree
+from vllm_ext.worker.drafting import LISTEN_EVERY, Drafting, batch_limit
+from vllm_ext.worker.walk import WalkResult
 
 
 @given(st.integers(1, 10_000), st.integers(0, 500))
@@ -65,3 +67,55 @@ def test_each_newest_token_is_shown_with_the_row_that_it_was_drawn_from() -> Non
         assert watcher.seen == expected
         drafting.see(step, walked, ids, {"deep": 0, "plain": 0}, hidden)
         assert watcher.seen == expected
+
+
+class Listener:
+    """A drafter that counts what it is told."""
+
+    def __init__(self) -> None:
+        self.drafts = True
+        self.observed = self.extended = 0
+
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def observe(self, rows: Any) -> None:
+        self.observed += 1
+
+    def extend(self, request: str, tokens: list[int]) -> None:
+        self.extended += 1
+
+
+def step_of(tree: TokenTree) -> Any:
+    return SimpleNamespace(trees=[tree], starts=[0])
+
+
+def test_while_nothing_is_drafted_few_steps_are_learnt_from() -> None:
+    listener: Any = Listener()
+    drafting = Drafting(listener, trees=True)
+    plain, drafted = step_of(TokenTree.EMPTY), step_of(TokenTree.chain([3], [0.5]))
+    assert all(drafting.listens(plain) for _ in range(3))
+    listener.drafts = False
+    heard = [drafting.listens(plain) for _ in range(4 * LISTEN_EVERY)]
+    assert sum(heard) == 4
+    assert heard.index(True) == LISTEN_EVERY - 1
+    assert all(drafting.listens(drafted) for _ in range(3))  # a trial: its rows are there
+    assert not drafting.listens(plain)
+
+
+def test_a_step_that_is_not_learnt_from_still_tells_the_tokens() -> None:
+    listener: Any = Listener()
+    drafting = Drafting(listener, trees=True)
+    params = SimpleNamespace(temperature=0.0, structured_outputs=None)
+    state = SimpleNamespace(
+        num_tokens=2,
+        prompt_token_ids=[1],
+        output_token_ids=[2],
+        sampling_params=params,
+        lora_request=None,
+    )
+    drafting.start("a", state)
+    state.num_tokens, state.output_token_ids = 3, [2, 4]
+    walked = WalkResult([[4]], [[]], [])
+    drafting.learn(step_of(TokenTree.EMPTY), walked, None, ["a"], {"a": state}, [[4]])
+    assert (listener.observed, listener.extended) == (0, 1)

@@ -44,7 +44,7 @@ class Runner(TreeGPURunnerMixin, Stock):  # type: ignore[misc]
         sizes = [len(tree) + 1 for tree in trees.values()]
         self.device = torch.device("cpu")
         self._step = None
-        self._drafting: Any = SimpleNamespace(trees=trees)
+        self._drafting: Any = SimpleNamespace(trees=trees, listens=lambda step: True)
         self.query_start_loc = SimpleNamespace(np=np.cumsum([0, *sizes], dtype=np.int32))
         self.positions = torch.arange(sum(sizes))
         self.sampler = Sampler()
