@@ -77,6 +77,7 @@ def test_a_long_prompt_takes_at_most_about_twice_the_steps(engine: Any) -> None:
     alone = steps_to_read(engine, speculation=False)
     assert alone == -(-PROMPT // (BUDGET - RUNNING))
     assert alone < steps_to_read(engine, speculation=True) <= 2 * alone
-    # Control: without the limit the trees of the running requests take the whole budget.
+    # Control: without the limit the trees of the running requests take the whole budget, and the
+    # bound above does not hold.
     engine.collective_rpc("lift_the_limit")
-    assert steps_to_read(engine, speculation=True) > 3 * alone
+    assert steps_to_read(engine, speculation=True) > 2.5 * alone
