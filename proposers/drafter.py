@@ -172,13 +172,13 @@ class TreeDrafter:
         if most is not None:
             limits = [min(limit, most) for limit in limits]
         records = [self._record(request) for request in requests]
+        self._wanted = any(limits)
+        if not self._wanted:
+            return [TokenTree.EMPTY] * len(requests)
         draftees = [
             Draftee(request, record.greedy, record.chain, limit)
             for request, record, limit in zip(requests, records, limits, strict=True)
         ]
-        self._wanted = any(limits)
-        if not self._wanted:
-            return [TokenTree.EMPTY] * len(requests)
         cost = self.cost.in_context(base_rows, [record.length for record in records])
         trees = self._grower.grow(
             draftees, cost, base_rows=base_rows, base_tokens=base_tokens, most=most

@@ -14,9 +14,9 @@ from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts
 
 pytestmark = pytest.mark.engine
 
-SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 12, "adaptive": False}
+SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 16, "adaptive": False}
 RUNNING, BUDGET, PROMPT, LONGEST = 8, 96, 500, 2048
-PATIENCE = 40
+WARM, PATIENCE = 80, 40
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def steps_to_read(engine: Any, *, speculation: bool) -> float:
         for i, prompt in enumerate(prompts(RUNNING))
     ]
     outputs: list[Any] = []
-    for _ in range(40):
+    for _ in range(WARM):  # until the running requests' trees are full
         outputs = core.step()
     assert len(outputs) == RUNNING
     text = (prompts(1, seed=9)[0]["prompt_token_ids"] * PROMPT)[:PROMPT]
@@ -77,7 +77,6 @@ def test_a_long_prompt_takes_at_most_about_twice_the_steps(engine: Any) -> None:
     alone = steps_to_read(engine, speculation=False)
     assert alone == -(-PROMPT // (BUDGET - RUNNING))
     assert alone < steps_to_read(engine, speculation=True) <= 2 * alone
-    # Control: without the limit the trees of the running requests take the whole budget, and the
-    # bound above does not hold.
+    # Control: without the limit the trees of the running requests take the whole budget.
     engine.collective_rpc("lift_the_limit")
-    assert steps_to_read(engine, speculation=True) > 2.5 * alone
+    assert steps_to_read(engine, speculation=True) > 3 * alone

@@ -83,8 +83,8 @@ class Drafting:
     def listens(self, step: Step) -> bool:
         """Whether to learn from the rows of a step; asked once per step.
 
-        Looking for candidates and keeping them costs 2% of a step of 8 requests. While nothing is
-        drafted that would be the price of being there, so then only some steps are learnt from.
+        Looking for candidates and keeping them takes time in every step. While nothing is drafted
+        that would be the price of being there, so then only some steps are learnt from.
         """
         self._unlearnt += 1
         if not (self.drafter.drafts or any(step.trees) or self._unlearnt >= LISTEN_EVERY):

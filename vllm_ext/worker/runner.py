@@ -178,7 +178,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
 
     def _match(self: Any, logits: torch.Tensor, step: Step) -> tuple[Candidates | None, WalkResult]:
         """As `_verify`, where no tree was drawn."""
-        rowwise = why_sequential(self.sampler, self.input_batch.sampling_metadata) is None
+        metadata = self.input_batch.sampling_metadata
+        rowwise = any(step.trees) and why_sequential(self.sampler, metadata) is None
         return self._walk(partial(walk, rowwise=rowwise), logits, step)  # type: ignore[no-any-return]
 
     def _listens(self: Any, step: Step) -> bool:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proposers.tree import TokenTree
-from vllm_ext.worker.drafting import LISTEN_EVERY, Drafting, batch_limit
+from vllm_ext.worker.drafting import LISTEN_EVERY, Candidates, Drafting, batch_limit
 from vllm_ext.worker.walk import WalkResult
 
 
@@ -43,18 +44,23 @@ class Watcher:
         self.seen.append((requests, states.tolist()))
 
 
+def state_of(*output: int) -> Any:
+    """The engine's state of a request with a prompt of one token."""
+    return SimpleNamespace(
+        num_tokens=1 + len(output),
+        prompt_token_ids=[1],
+        output_token_ids=list(output),
+        get_token_id=[1, *output].__getitem__,
+        sampling_params=SimpleNamespace(temperature=0.0, structured_outputs=None),
+        lora_request=None,
+    )
+
+
 def test_each_newest_token_is_shown_with_the_row_that_it_was_drawn_from() -> None:
     hidden = torch.arange(12.0)[:, None]
     step: Any = SimpleNamespace(starts=[0, 4, 5, 9])
     walked: Any = SimpleNamespace(paths=[(0, 2), (), (), (1,)])
-    params = SimpleNamespace(temperature=0.0, structured_outputs=None)
-    state = SimpleNamespace(
-        num_tokens=2,
-        prompt_token_ids=[1],
-        output_token_ids=[2],
-        sampling_params=params,
-        lora_request=None,
-    )
+    state = state_of(2)
     ids, limits = ["deep", "unread", "plain", "unknown"], {"deep": 9, "plain": 1, "unknown": 9}
     for watches in (True, False):
         watcher: Any = Watcher(watches)
@@ -106,16 +112,10 @@ def test_while_nothing_is_drafted_few_steps_are_learnt_from() -> None:
 def test_a_step_that_is_not_learnt_from_still_tells_the_tokens() -> None:
     listener: Any = Listener()
     drafting = Drafting(listener, trees=True)
-    params = SimpleNamespace(temperature=0.0, structured_outputs=None)
-    state = SimpleNamespace(
-        num_tokens=2,
-        prompt_token_ids=[1],
-        output_token_ids=[2],
-        sampling_params=params,
-        lora_request=None,
-    )
-    drafting.start("a", state)
-    state.num_tokens, state.output_token_ids = 3, [2, 4]
-    walked = WalkResult([[4]], [[]], [])
-    drafting.learn(step_of(TokenTree.EMPTY), walked, None, ["a"], {"a": state}, [[4]])
+    step, walked = step_of(TokenTree.EMPTY), WalkResult([[4]], [[]], [])
+    seen = Candidates(np.zeros((1, 8), np.int64), np.zeros((1, 8), np.float32))
+    drafting.start("a", state_of(2))
+    drafting.learn(step, walked, None, ["a"], {"a": state_of(2, 4)}, [[4]])
     assert (listener.observed, listener.extended) == (0, 1)
+    drafting.learn(step, walked, seen, ["a"], {"a": state_of(2, 4, 4)}, [[4]])
+    assert (listener.observed, listener.extended) == (1, 2)
