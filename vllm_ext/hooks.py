@@ -140,6 +140,20 @@ WORKER = (
         "stays: it is a documented hook",
     ),
     Hook(
+        "sample-tokens",
+        f"{_RUNNER}.sample_tokens",
+        ("self", "grammar_output"),
+        "after it, the step's drafts are enclosed in its output",
+        "vLLM's runner returns drafts with the sampled tokens",
+    ),
+    Hook(
+        "take-drafts",
+        f"{_RUNNER}.take_draft_token_ids",
+        ("self",),
+        "the drafts that are enclosed, as vLLM's scheduler expects them",
+        "stays: it is called, not changed",
+    ),
+    Hook(
         "execute-model",
         f"{_RUNNER}.execute_model",
         ("self", "scheduler_output", "intermediate_tensors"),
@@ -452,7 +466,25 @@ CONSTRAINTS = (
     ),
 )
 
-ALL = FRONTEND + WORKER + DRAFT + PEARL + CPU + CUDA + CONSTRAINTS
+EXECUTOR = (
+    Hook(
+        "executor-sample",
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.sample_tokens",
+        ("self", "grammar_output", "non_block"),
+        "keeps the drafts that our worker has enclosed in a step's output",
+        "vLLM's runner returns drafts with the sampled tokens",
+    ),
+    Hook(
+        "executor-drafts",
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor.take_draft_token_ids",
+        ("self",),
+        "answers from the enclosed drafts, which saves a message to the worker and back per step",
+        "vLLM's runner returns drafts with the sampled tokens",
+    ),
+)
+"""Touched in the engine's process, where workers are processes; without it a step takes longer."""
+
+ALL = FRONTEND + EXECUTOR + WORKER + DRAFT + PEARL + CPU + CUDA + CONSTRAINTS
 
 
 def resolve(target: str) -> Any:

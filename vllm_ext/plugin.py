@@ -47,7 +47,16 @@ def register() -> None:
     _wrap_create_speculative_config()
     _wrap_validate_spec_decode()
     _wrap_num_lookahead_tokens()
+    _install_enclosed()
     _install_constraints()
+
+
+def _install_enclosed() -> None:
+    """Let drafts travel with the sampled tokens; without it they take a message of their own."""
+    from vllm_ext import enclosed, hooks
+
+    if all(report.ok for report in hooks.check(hooks.EXECUTOR)):
+        enclosed.install()
 
 
 def _install_constraints() -> None:
