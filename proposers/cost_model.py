@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a step takes, learned from every step that runs.
 
-    seconds = c(rows) + b * context + a * drafted
+    seconds = c(rows) + b * context + a * drafted + t * branching + o * verified
 
-The three terms are the work that every row costs, the attention of decoding, and what attention to
-drafted rows adds to it:
+The terms are the work that every row costs, the attention of decoding, what attention to drafted
+rows adds to it, and what is done outside the forward pass:
 
 - c is a curve through anchor row counts, measured at start-up without attention;
 - `context` sums over the requests the tokens that each attends to;
-- `drafted` sums over the requests their drafted rows times their context.
+- `drafted` sums over the requests their drafted rows times their context;
+- `branching` counts the trees with branches, which need an attention of their own;
+- `verified` counts the rows that are sampled from or verified, and o, seconds for each, is measured
+  by itself: one value for steps with drafts, which are walked, learnt from and drafted again, and
+  one for steps without, which are sampled.
 
 A long context makes a drafted row dear although c says that rows are cheap. Each step corrects all
-terms by a share of its error (normalised least mean squares with clipped errors).
+terms but o by a share of its error (normalised least mean squares with clipped errors); o is a
+running mean. Were it not kept apart, c would hold it, and as what all row counts have in common is
+learned for all of them, plain steps would be believed to be slower than they are.
 """
 
 from __future__ import annotations
@@ -55,6 +61,13 @@ _MUCH_DRAFTED = 4096.0
 An error of a step with little of either would be blown up when the term is used for much.
 """
 
+_RATE_BRANCHING = 0.1
+_MANY_BRANCHING = 2.0
+"""As above, for trees with branches."""
+
+_OWN_MEMORY = 32.0
+"""Steps that the running mean of o looks back on."""
+
 _FORGET = 1.0 / 2000.0
 """Per step, what is taken back of corrections other than the shared drift: what was learned about
 sizes that are not in use any more returns to the measurements of the start, so that drafts which
@@ -69,6 +82,7 @@ class AttentionCost:
     Attributes:
         context: per token of context that a decoding request attends to.
         drafted: per drafted row and token of its context, on top.
+        branching: per tree with branches, on top.
 
     Raises:
         ValueError: for a negative or infinite value.
@@ -76,9 +90,10 @@ class AttentionCost:
 
     context: float = 0.0
     drafted: float = 0.0
+    branching: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("context", "drafted"):
+        for name in ("context", "drafted", "branching"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"AttentionCost: {name}={value}; it must be finite and at least 0")
@@ -128,9 +143,19 @@ class CostModel(StepCost):
         self._steps = np.zeros(len(rows))  # that taught each, the old ones forgotten
         self._first = attention or AttentionCost()
         self.attention = self._first
+        self._outside = {False: (0.0, 0.0), True: (0.0, 0.0)}  # o and its steps, by "has drafts"
 
     def record(
-        self, rows: int, seconds: float, *, context: float = 0.0, drafted: float = 0.0
+        self,
+        rows: int,
+        seconds: float,
+        *,
+        context: float = 0.0,
+        drafted: float = 0.0,
+        branching: int = 0,
+        verified: int = 0,
+        outside: float = 0.0,
+        sampling: float = 0.0,
     ) -> None:
         """Correct the model by one step.
 
@@ -141,21 +166,36 @@ class CostModel(StepCost):
             seconds: that it took.
             context: tokens that its requests attended to.
             drafted: over its requests, drafted rows times context.
+            branching: trees with branches.
+            verified: rows that were sampled from or verified.
+            outside: of `seconds`, what was not the forward pass: the walk, learning and drafting.
+            sampling: of `outside`, what it would be if nobody drafted.
         """
-        loads = (seconds, context, drafted)
+        seconds -= outside
+        loads = (seconds, context, drafted, branching, outside)
         if rows < 1 or not seconds > 0.0 or not all(0.0 <= x < math.inf for x in loads):
             return
+        if rows == verified:  # no prompt, whose own work would be taken for that of its row
+            mean, steps = self._outside[drafted > 0.0]
+            rate = max(1.0 / (steps + 1.0), 1.0 / _OWN_MEMORY)
+            each = (outside if drafted else sampling) / verified
+            self._outside[drafted > 0.0] = mean + rate * (each - mean), steps + 1.0
         base = self.seconds(rows)
         per_context, per_drafted = self.attention.context, self.attention.drafted
-        expected = base + per_context * context + per_drafted * drafted
+        per_branching = self.attention.branching
+        expected = base + per_context * context + per_drafted * drafted + per_branching * branching
         surprise = min(max(math.log(seconds / expected), -_CLIP), _CLIP)
         self._correct(rows, surprise * base / expected)
         error = expected * surprise
         per_context += _RATE_CONTEXT * error * context / (context**2 + _MUCH_CONTEXT**2)
         per_drafted += _RATE_DRAFTED * error * drafted / (drafted**2 + _MUCH_DRAFTED**2)
+        per_branching += _RATE_BRANCHING * error * branching / (branching**2 + _MANY_BRANCHING**2)
         per_context += _FORGET * (self._first.context - per_context)
         per_drafted += _FORGET * (self._first.drafted - per_drafted)
-        self.attention = AttentionCost(max(0.0, per_context), max(0.0, per_drafted))
+        per_branching += _FORGET * (self._first.branching - per_branching)
+        self.attention = AttentionCost(
+            max(0.0, per_context), max(0.0, per_drafted), max(0.0, per_branching)
+        )
 
     def steps(self, rows: int) -> float:
         """How many steps of about so many rows were recorded; those of long ago count less."""
@@ -168,9 +208,20 @@ class CostModel(StepCost):
         """
         total = float(sum(contexts))
         mean = total / max(1, len(contexts))
+        plain, drafting = self.outside
         return _InContext(
-            self, base_rows, self.attention.context * total, self.attention.drafted * mean
+            self,
+            base_rows,
+            fixed=self.attention.context * total + plain * len(contexts),
+            per_node=self.attention.drafted * mean + drafting,
+            drafting=(drafting - plain) * len(contexts),
         )
+
+    @property
+    def outside(self) -> tuple[float, float]:
+        """o of steps without and with drafts; the second is at least the first."""
+        plain, drafting = self._outside[False][0], self._outside[True][0]
+        return plain, max(plain, drafting)
 
     def _correct(self, rows: int, surprise: float) -> None:
         """Move the curve at `rows` towards a logarithmic error."""
@@ -220,14 +271,18 @@ def _through(
 class _InContext(StepCost):
     """A cost model read for one batch; it follows what the model learns."""
 
-    def __init__(self, model: CostModel, base_rows: int, fixed: float, per_node: float) -> None:
+    def __init__(
+        self, model: CostModel, base_rows: int, *, fixed: float, per_node: float, drafting: float
+    ) -> None:
         super().__init__(model._rows, model._margin)
         self._model = model
         self._base_rows = base_rows
         self._fixed = fixed
         self._per_node = per_node
+        self._drafting = drafting  # of a step with any node
+        self.branching = model.attention.branching
 
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         nodes = np.maximum(rows - self._base_rows, 0.0)
         seconds = self._model._hopeful(self._base_rows, rows)
-        return seconds + self._fixed + self._per_node * nodes
+        return seconds + self._fixed + self._per_node * nodes + self._drafting * (nodes > 0.0)

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 
 class _Request:
-    __slots__ = ("chain", "greedy", "length")
+    __slots__ = ("chain", "greedy", "length", "unread")
 
     def __init__(self, greedy: bool, chain: bool, length: int) -> None:
         self.greedy = greedy
         self.chain = chain
         self.length = length
+        self.unread: list[int] = []  # committed tokens that the sources do not know of yet
 
 
 class TreeDrafter:
@@ -80,6 +81,7 @@ class TreeDrafter:
         self.gate = gate
         self._wanted = True  # by any request of the latest batch
         self._requests: dict[str, _Request] = {}
+        self._states: tuple[Sequence[str], Tensor] | None = None
 
     def start(
         self,
@@ -99,6 +101,8 @@ class TreeDrafter:
             chain: draft only paths without branches.
             namespace: the LoRA adapter's id, 0 without one.
         """
+        if request in self._requests:
+            self._read(request)
         self._requests[request] = _Request(greedy, chain, len(tokens))
         self._grower.stop(request)
         for source in self._sources:
@@ -112,15 +116,25 @@ class TreeDrafter:
                 source.observe(rows)
 
     def extend(self, request: str, tokens: Sequence[int]) -> None:
-        """Append the tokens that a request committed in this step, and learn from them.
+        """Append the tokens that a request committed in this step.
+
+        They are learnt from when somebody asks: while nothing is drafted, a step costs nothing.
 
         Raises:
             KeyError: if the request was not started.
         """
-        self._record(request).length += len(tokens)
-        self._grower.learn(request, tokens)
-        for source in self._sources:
-            source.extend(request, tokens)
+        record = self._record(request)
+        record.length += len(tokens)
+        record.unread.extend(tokens)
+
+    def _read(self, request: str) -> None:
+        """Learn from what a request has committed since this was called last."""
+        record = self._record(request)
+        tokens, record.unread = record.unread, []
+        if tokens:
+            self._grower.learn(request, tokens)
+            for source in self._sources:
+                source.extend(request, tokens)
 
     @property
     def drafts(self) -> bool:
@@ -133,10 +147,11 @@ class TreeDrafter:
         return any(_watches(source) for source in self._sources)
 
     def see(self, requests: Sequence[str], states: Tensor) -> None:
-        """Hand on the target's hidden states, see `StateSource.see`; after `extend`."""
-        for source in self._sources:
-            if _watches(source):
-                cast(StateSource, source).see(requests, states)
+        """Hand on the target's hidden states, see `StateSource.see`; after `extend`.
+
+        Sources get them with the next draft, if none come after them.
+        """
+        self._states = requests, states
 
     def propose(
         self,
@@ -175,6 +190,9 @@ class TreeDrafter:
         self._wanted = any(limits)
         if not self._wanted:
             return [TokenTree.EMPTY] * len(requests)
+        for request in requests:
+            self._read(request)
+        self._show_states()
         draftees = [
             Draftee(request, record.greedy, record.chain, limit)
             for request, record, limit in zip(requests, records, limits, strict=True)
@@ -187,16 +205,29 @@ class TreeDrafter:
             return trees
         nodes = sum(map(len, trees))
         extra = sum(sum(tree.probs) for tree in trees)
-        spent = self._grower.spent
+        spent = self._grower.spent + cost.branching * sum(not tree.is_chain for tree in trees)
         gain = cost.gain(base_rows, base_tokens, nodes, extra, spent) if nodes else 0.0
         return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
 
     def stop(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""
-        self._requests.pop(request, None)
+        if request in self._requests:
+            self._read(request)  # some sources keep what other requests may use
+            del self._requests[request]
+        if self._states is not None and request in self._states[0]:
+            self._states = None
         self._grower.stop(request)
         for source in self._sources:
             source.stop(request)
+
+    def _show_states(self) -> None:
+        if self._states is None:
+            return
+        requests, states = self._states
+        self._states = None
+        for source in self._sources:
+            if _watches(source):
+                cast(StateSource, source).see(requests, states)
 
     def _record(self, request: str) -> _Request:
         try:

@@ -74,6 +74,7 @@ class Growth:
         "children",
         "depths",
         "greedy",
+        "is_chain",
         "limit",
         "parents",
         "predictions",
@@ -98,6 +99,7 @@ class Growth:
         self.depths: list[int] = []
         self.greedy = greedy
         self.chain = chain
+        self.is_chain = True  # so far
         self.limit = limit
         self.children: dict[tuple[int, int], int] = {}
         self.predictions: dict[int, Prediction] = {}
@@ -116,6 +118,7 @@ class Growth:
     def add(self, parent: int, token: int, prob: float) -> int:
         """Append a node and return its index."""
         node = len(self.tokens)
+        self.is_chain = self.is_chain and parent == node - 1
         self.tokens.append(token)
         self.parents.append(parent)
         self.probs.append(prob)
@@ -247,6 +250,10 @@ def grow(
     search = cost.search(base_rows, base_tokens, limit, spent)
     floor = max(options.min_prob, search.min_prob)
 
+    # A first branch costs its tree's attention besides a row: it takes its turn by what it brings
+    # for what it costs.
+    share = search.row / (search.row + cost.branching) if cost.branching else 1.0
+
     # Of a node's children only the best one not yet added waits in the heap, with the rest behind
     # it. The counter keeps the order of equals reproducible.
     heap: list[tuple[float, int, int, int, float, _Siblings]] = []
@@ -269,16 +276,20 @@ def grow(
             expand(index, ROOT, 1.0)
     while heap and len(owners) < limit:
         negative, _, index, parent, above, siblings = heappop(heap)
-        growth, value = growths[index], -negative
+        growth, value = growths[index], -siblings[-1][0] * above
         if len(growth.tokens) >= growth.limit:
             continue
         if search.hopeless(value):
             break
+        first_branch = growth.is_chain and parent != len(growth.tokens) - 1
+        if first_branch and share < 1.0 and -negative > value * share:
+            heappush(heap, (-value * share, next(counter), index, parent, above, siblings))
+            continue
         node = growth.add(parent, siblings.pop()[1], value)
         if siblings:
             heappush(heap, (siblings[-1][0] * above, next(counter), index, parent, above, siblings))
         owners.append(index)
-        search.add(value)
+        search.add(value, cost.branching if first_branch else 0.0)
         if growth.depths[node] < options.max_depth and len(growth.tokens) < growth.limit:
             expand(index, node, value)
 

@@ -9,8 +9,8 @@ running mean g of the promised relative gain,
     open   -> closed  when g <  CLOSE_AT < OPEN_AT
 
 and a closed gate asks for a trial draft every `PROBE_EVERY` steps only, so that a server under load
-spends nothing on drafts that do not pay. Where a trial itself is dear, a pass of a draft model, the
-pause doubles with every trial that fails, up to a limit.
+spends nothing on drafts that do not pay. The pause doubles with every trial that fails, up to a
+limit, which is higher where a trial itself is dear: a pass of a draft model.
 
 An open gate leaves a draft out now and then, so that steps without drafts are measured too:
 otherwise drafts could lose for ever to a plain step that is believed to be slower than it is. The
@@ -22,6 +22,8 @@ from __future__ import annotations
 OPEN_AT = 0.02
 CLOSE_AT = 0.005
 PROBE_EVERY = 8
+SELDOM = 16
+"""Longest pause between trials; under load that is about a second."""
 RARELY = 64
 """Patience where a trial costs a pass of a draft model: about 1% of a pass per step is left."""
 
@@ -44,7 +46,7 @@ class Gate:
         switches: how often that has changed.
     """
 
-    def __init__(self, *, patience: int = PROBE_EVERY) -> None:
+    def __init__(self, *, patience: int = SELDOM) -> None:
         self.is_open = True
         self.switches = 0
         self._patience = patience

@@ -285,4 +285,5 @@ def _gain(
     trees: Sequence[TokenTree], cost: StepCost, base_rows: int, base_tokens: float, spent: float
 ) -> float:
     extra = sum(sum(tree.probs) for tree in trees)
+    spent += cost.branching * sum(not tree.is_chain for tree in trees)
     return cost.gain(base_rows, base_tokens, sum(map(len, trees)), extra, spent)

@@ -26,6 +26,7 @@ class SizeSearch:
     Attributes:
         size: the best number so far.
         min_prob: no node below it can be the last one of a best size.
+        row: mean seconds of a node's row.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class SizeSearch:
         self._costs = costs
         self._corners = corners
         self._n = 0
+        self._extra = 0.0
+        self.row = (costs[-1] - costs[1]) / (len(costs) - 2) if len(costs) > 2 else 0.0
         self._tokens = base_tokens
         self._best = base_tokens / costs[0] * advantage
         # The last node of the best size brings at least what its row costs at the best rate.
@@ -45,11 +48,12 @@ class SizeSearch:
             (after - before for before, after in pairwise(costs)), default=0.0
         )
 
-    def add(self, prob: float) -> None:
-        """Take the next node."""
+    def add(self, prob: float, extra: float = 0.0) -> None:
+        """Take the next node, which costs `extra` seconds besides its row."""
         self._n += 1
         self._tokens += prob
-        rate = self._tokens / self._costs[self._n]
+        self._extra += extra
+        rate = self._tokens / (self._costs[self._n] + self._extra)
         if rate > self._best:
             self._best, self.size = rate, self._n
 
@@ -59,7 +63,7 @@ class SizeSearch:
         # number of nodes, and the present number does not win: if any does, a corner does.
         n, tokens, best, costs = self._n, self._tokens, self._best, self._costs
         for corner in self._corners:
-            if corner > n and tokens + prob * (corner - n) > best * costs[corner]:
+            if corner > n and tokens + prob * (corner - n) > best * (costs[corner] + self._extra):
                 return False
         return True
 
@@ -70,7 +74,13 @@ class StepCost(ABC):
     Args:
         anchors: row counts at which the curve bends, ascending.
         margin: how much better (relative) a step with drafts must promise to be than one without.
+
+    Attributes:
+        branching: seconds that a tree with branches costs besides its rows; a chain is verified by
+            the engine's own attention.
     """
+
+    branching = 0.0
 
     def __init__(self, anchors: NDArray[np.float64], margin: float) -> None:
         self._rows = anchors
@@ -127,7 +137,8 @@ class StepCost(ABC):
         """
         costs = self.curve(base_rows + limit)[base_rows:] + spent
         inner = (self._rows > base_rows) & (self._rows < base_rows + limit)
-        corners = [*(self._rows[inner].astype(int) - base_rows).tolist(), limit]
+        # The first node bends it too: drafting itself takes time.
+        corners = sorted({1, *(self._rows[inner].astype(int) - base_rows).tolist(), limit})
         return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)
 
     @abstractmethod

@@ -188,6 +188,53 @@ def test_it_converges_to_the_truth_about_attention() -> None:
     assert model.seconds(72) < 0.5 * truth(72, 8 * 1900, 64 * 1900)
 
 
+def test_it_learns_what_a_branch_costs() -> None:
+    rng = np.random.default_rng(1)
+    model = CostModel([(1, 0.030), (64, 0.060)], attention=AttentionCost(branching=0.0002))
+    for _ in range(1500):
+        branching = int(rng.integers(0, 5))
+        rows = int(rng.integers(8, 17)) + branching
+        seconds = model.seconds(rows) + 0.002 * branching
+        model.record(
+            rows, seconds * float(np.exp(rng.normal(0, 0.05))), drafted=8.0, branching=branching
+        )
+    assert model.in_context(8, [1] * 8).branching == pytest.approx(0.002, rel=0.3)
+
+
+def drafting_engine(*, told: bool) -> CostModel:
+    """After hours in which every step of 8 requests had drafts, 10 ms of it outside the pass."""
+    model = CostModel([(8, 0.040), (16, 0.044), (32, 0.052)], margin=0.0)
+    for step in range(600):
+        nodes = 4 + step % 9
+        rows = 8 + nodes
+        seconds = float(np.interp(rows, [8, 16, 32], [0.040, 0.044, 0.052]))
+        outside = {"outside": 0.010, "sampling": 0.002, "verified": rows} if told else {}
+        model.record(rows, seconds + 0.010, context=8.0, drafted=float(nodes), **outside)
+    return model
+
+
+def test_drafting_is_not_taken_for_the_price_of_plain_steps() -> None:
+    truth, drafting = 0.040, 0.0455 + 0.010
+    cost = drafting_engine(told=True).in_context(8, [1] * 8)
+    assert cost.seconds(8) == pytest.approx(truth, rel=0.03)
+    assert cost.seconds(19) == pytest.approx(drafting, rel=0.05)
+    # Twelve tokens do not pay for a step that takes 39% longer.
+    assert cost.best_size(8, 8.0, [2.6 / 11] * 11) == 0
+    # Control: where the model is not told, it believes that plain steps are slow as well.
+    blind = drafting_engine(told=False).in_context(8, [1] * 8)
+    assert blind.seconds(8) > 1.06 * truth
+    assert blind.best_size(8, 8.0, [2.6 / 11] * 11) == 11
+
+
+def test_steps_with_prompts_do_not_teach_what_sampling_costs() -> None:
+    model = CostModel(PRIOR)
+    model.record(9, 0.1, drafted=4.0, verified=9, outside=0.018, sampling=0.001)
+    model.record(1, 0.1, verified=1, outside=0.003, sampling=0.001)
+    assert model.outside == (pytest.approx(0.001), pytest.approx(0.002))
+    model.record(300, 0.9, drafted=4.0, verified=9, outside=0.3, sampling=0.3)
+    assert model.outside == (pytest.approx(0.001), pytest.approx(0.002))
+
+
 def test_a_long_context_makes_trees_smaller_when_attention_is_dear(table_source) -> None:
     table = {token: {0: 0.5, 1: 0.3} for token in range(2)}
 
@@ -220,11 +267,12 @@ loads = st.one_of(
 )
 
 
-@given(loads, st.sampled_from(["context", "drafted", "seconds"]))
+@given(loads, st.sampled_from(["context", "drafted", "branching", "outside", "seconds"]))
 def test_recorded_nonsense_is_ignored(value: float, name: str) -> None:
     model = CostModel(PRIOR, attention=AttentionCost(1e-6, 1e-6))
     before = model.in_context(2, [500, 700]).curve(64).tolist()
-    model.record(8, **{"seconds": 0.1, "context": 100.0, "drafted": 100.0, name: value})
+    load = {"context": 100.0, "drafted": 100.0, "branching": 1.0, "outside": 0.01, "verified": 8}
+    model.record(8, **{"seconds": 0.1, **load, name: value})
     assert model.in_context(2, [500, 700]).curve(64).tolist() == before
     model.record(8, 0.1, context=100.0, drafted=100.0)  # control: sense is not
     assert model.in_context(2, [500, 700]).curve(64).tolist() != before

@@ -147,6 +147,37 @@ def test_namespaces_do_not_share_tables() -> None:
     assert lora == TokenTree.EMPTY
 
 
+class _Heard:
+    """Wraps a source and writes down what it is told."""
+
+    def __init__(self, source) -> None:
+        self.source = source
+        self.told: list[tuple[str, ...]] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    def extend(self, request: str, tokens: list[int]) -> None:
+        self.told.append((request, *tokens))
+        self.source.extend(request, tokens)
+
+
+def test_sources_hear_of_tokens_when_somebody_drafts(table_source) -> None:
+    heard = _Heard(table_source({3: {4: 1.0}}))
+    d = TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT), [heard])
+    d.start("r", [1], greedy=True)
+    d.start("s", [1], greedy=True)
+    for tokens in ([2], [3]):
+        d.extend("r", tokens)
+        d.extend("s", tokens)
+        assert d.propose(["r", "s"], max_nodes=[0, 0]) == [TokenTree.EMPTY] * 2
+    assert heard.told == []
+    assert [tree.tokens for tree in d.propose(["r"])] == [(4,)]
+    assert heard.told == [("r", 2, 3)]
+    d.stop("s")  # what it has said may serve others
+    assert heard.told == [("r", 2, 3), ("s", 2, 3)]
+
+
 def test_unknown_requests_are_named() -> None:
     d = drafter()
     d.stop("r")

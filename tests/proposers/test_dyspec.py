@@ -101,6 +101,41 @@ def test_cut_equals_the_best_size_over_all_nodes(
     assert (n + sum(got)) / cost.seconds(n + len(got)) == pytest.approx(rate)
 
 
+class _DearBranches(CostModel):
+    """Seconds by rows, and for each tree with branches."""
+
+    def __init__(self, branching: float) -> None:
+        super().__init__([(1, 0.030), (101, 0.130)], margin=0.0)
+        self.branching = branching
+
+
+def rate(trees: list[TokenTree], cost: CostModel) -> float:
+    """Tokens per second of a step."""
+    branching = sum(not tree.is_chain for tree in trees)
+    seconds = cost.seconds(len(trees) + sum(map(len, trees))) + cost.branching * branching
+    return (len(trees) + sum(sum(tree.probs) for tree in trees)) / seconds
+
+
+def test_a_tree_branches_where_that_pays_for_its_attention(table_source) -> None:
+    table = {0: {1: 0.5, 2: 0.4}, 1: {3: 0.8}, 2: {3: 0.8}, 3: {0: 0.6}}
+    mixture = Mixture([table_source(table)])
+    options = DySpecOptions(max_nodes=6, max_batch_nodes=18, max_depth=4)
+    branches, rates = [], []
+    for branching in (0.0, 0.001, 0.004, 1.0):
+        cost = _DearBranches(branching)
+        trees = grown(mixture, [0, 0, 3], options, cost)
+        branches.append(sum(not tree.is_chain for tree in trees))
+        rates.append(rate(trees, cost))
+        assert rates[-1] >= rate(grown(mixture, [0, 0, 3], options, cost, chain=True), cost)
+    assert branches[0] > 0
+    assert branches[-1] == 0
+    assert branches == sorted(branches, reverse=True)
+    assert rates == sorted(rates, reverse=True)
+    # Control: trees that ignore it lose.
+    blind = grown(mixture, [0, 0, 3], options, _DearBranches(0.0))
+    assert rate(blind, _DearBranches(0.02)) < 0.9 * rates[-1]
+
+
 @settings(deadline=None)
 @given(tables, st.integers(0, 3), st.integers(1, 8))
 def test_chain_mode_follows_the_best_child(

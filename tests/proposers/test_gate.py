@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter
-from proposers.gate import CHECK_EVERY, PROBE_EVERY, RARELY, Gate
+from proposers.gate import CHECK_EVERY, PROBE_EVERY, RARELY, SELDOM, Gate
 
 VOCAB = 50
 ACCEPTED = 0.5
@@ -124,7 +124,7 @@ def test_dear_trials_become_rare() -> None:
     cheap = Gate()
     while cheap.decide(0.0, 4):
         pass
-    assert pauses(cheap, 4) == [PROBE_EVERY] * 4
+    assert pauses(cheap, 4) == [PROBE_EVERY, SELDOM, SELDOM, SELDOM]
 
 
 def test_an_open_gate_leaves_drafts_out_while_plain_steps_are_unknown() -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 
-from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts
+from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts, spec_metrics, texts
 
 pytestmark = pytest.mark.engine
 
@@ -41,8 +42,6 @@ def steps_to_read(engine: Any, *, speculation: bool) -> float:
 
     Infinite if it is not read within our patience.
     """
-    from vllm import SamplingParams
-
     core: Any = engine.llm_engine
     engine.collective_rpc("watch")
     endless = SamplingParams(
@@ -80,3 +79,14 @@ def test_a_long_prompt_takes_at_most_about_twice_the_steps(engine: Any) -> None:
     # Control: without the limit the trees of the running requests take the whole budget.
     engine.collective_rpc("lift_the_limit")
     assert steps_to_read(engine, speculation=True) > 3 * alone
+
+
+def test_drafts_need_no_message_of_their_own(engine: Any) -> None:
+    drafted = spec_metrics(engine)["num_draft_tokens"]
+    texts(engine, prompts(2), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    assert spec_metrics(engine)["num_draft_tokens"] > drafted
+    assert engine.collective_rpc("messages_for_drafts") == [0]
+    # Control: without them the worker is asked after every step.
+    engine.collective_rpc("enclose_nothing")
+    texts(engine, prompts(1), SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    assert engine.collective_rpc("messages_for_drafts")[0] > 0

@@ -43,18 +43,19 @@ def time_attention(runner: Any) -> AttentionCost:
             found.setdefault(kind, layer)
             count[kind] += 1
     long = min(_LONG, runner.max_model_len - _NODES - 1)
-    context = drafted = 0.0
+    sums = [0.0, 0.0, 0.0]
     for kind, layer in found.items():
-        per_context, per_drafted = _time_layer(layer, min(_SHORT, long // 2), long)
-        context += count[kind] * per_context
-        drafted += count[kind] * per_drafted
-    return AttentionCost(context, drafted)
+        times = _time_layer(layer, min(_SHORT, long // 2), long)
+        sums = [total + count[kind] * seconds for total, seconds in zip(sums, times, strict=True)]
+    return AttentionCost(*sums)
 
 
-def _time_layer(layer: Any, short: int, long: int) -> tuple[float, float]:
-    """Seconds of one layer per token of context, and per drafted row and token of context."""
+def _time_layer(layer: Any, short: int, long: int) -> tuple[float, float, float]:
+    """Seconds of one layer per token of context, per drafted row and token of context, and per tree
+    with branches.
+    """
     if short < 1:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     generator = torch.Generator().manual_seed(0)
     dtype = layer.kv_cache.dtype
     # Two rows, and a root with branches: the stock kernel takes the first, trees the second.
@@ -63,7 +64,13 @@ def _time_layer(layer: Any, short: int, long: int) -> tuple[float, float]:
     few = _best(_Case(layer, dtype, short, plain, generator).stock)
     many = _best(_Case(layer, dtype, long, plain, generator).stock)
     tree = _best(_Case(layer, dtype, long, bush, generator).tree_attention)
-    return max(0.0, many - few) / (long - short), max(0.0, tree - many) / (_NODES * long)
+    small = _best(_Case(layer, dtype, short, bush, generator).tree_attention)
+    per_drafted = max(0.0, tree - many) / (_NODES * long)
+    return (
+        max(0.0, many - few) / (long - short),
+        per_drafted,
+        max(0.0, small - per_drafted * _NODES * short),
+    )
 
 
 def _best(call: Callable[[], Any]) -> float:

@@ -43,5 +43,4 @@ class CountingMixin:
         counters.add("emitted_tokens", sum(emitted))
         counters.add("drafting_seconds", seconds)
         counters.add("chain_fallbacks", step.strangers)
-        for size in sizes:
-            counters.observe_tree(size)
+        counters.observe_trees(sizes)

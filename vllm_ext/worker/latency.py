@@ -18,9 +18,7 @@ class _FreeOfCharge(CostModel):
     def __init__(self) -> None:
         super().__init__([(1, 1.0)], margin=0.0)
 
-    def record(
-        self, rows: int, seconds: float, *, context: float = 0.0, drafted: float = 0.0
-    ) -> None:
+    def record(self, rows: int, seconds: float, **loads: float) -> None:
         """Ignore the measurement."""
 
 
@@ -34,10 +32,11 @@ class StepTimer:
     def __init__(self) -> None:
         self.cost: CostModel = _FreeOfCharge()
         self._rows = 0
-        self._context = self._drafted = 0
+        self._loads: dict[str, int] = {}
         self._begin = 0.0
         self._end = 0.0
         self._excluded = 0.0
+        self._outside = self._sampling = 0.0
 
     def start(
         self, prior: list[tuple[int, float]], attention: AttentionCost, *, adaptive: bool
@@ -59,16 +58,34 @@ class StepTimer:
             self.cost.record(
                 self._rows,
                 now - self._begin - self._excluded,
-                context=self._context,
-                drafted=self._drafted,
+                outside=max(0.0, self._outside - self._excluded),
+                sampling=self._sampling,
+                **self._loads,
             )
-        self._context = self._drafted = 0
-        self._rows, self._begin, self._end, self._excluded = rows, now, 0.0, 0.0
+        self._loads = {}
+        self._rows, self._begin, self._end = rows, now, 0.0
+        self._excluded = self._outside = self._sampling = 0.0
 
-    def attend(self, contexts: Sequence[int], nodes: Sequence[int]) -> None:
-        """Tell what the step attends to: per request, its context and its drafted rows."""
-        self._context = sum(contexts)
-        self._drafted = sum(c * n for c, n in zip(contexts, nodes, strict=True))
+    def attend(self, contexts: Sequence[int], nodes: Sequence[int], branching: int) -> None:
+        """Tell what the step attends to: per request, its context and its drafted rows; and how
+        many trees have branches.
+        """
+        self._loads = {
+            "context": sum(contexts),
+            "drafted": sum(c * n for c, n in zip(contexts, nodes, strict=True)),
+            "verified": len(contexts) + sum(nodes),
+            "branching": branching,
+        }
+
+    def work_outside(self, seconds: float, *, sampling: float = 0.0) -> None:
+        """Time of the step outside the forward pass: the walk, learning and drafting.
+
+        Args:
+            seconds: all of it; the passes of a draft model in it are told to `exclude` too.
+            sampling: the part that a step takes where nobody drafts.
+        """
+        self._outside += seconds
+        self._sampling += sampling
 
     def exclude(self, seconds: float) -> None:
         """Part of the step that has a cost model of its own: the passes of a draft model."""

@@ -16,7 +16,9 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
 TREE_SIZE_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 127)
 _shared = False
 _NAMES = [name for name, _ in COUNTERS]
+_PLACES = {name: place for place, name in enumerate(_NAMES)}
 _SLOTS = len(COUNTERS) + len(TREE_SIZE_BUCKETS) + 1  # the last slot sums the tree sizes
 
 
@@ -73,17 +76,19 @@ class Counters:
     def add(self, name: str, amount: float) -> None:
         """Add ``amount`` to the counter ``name``."""
         if amount:
-            self._values[_NAMES.index(name)] += amount
+            self._values[_PLACES[name]] += amount
             if self._prometheus is not None:
                 self._prometheus[name].inc(amount)
 
-    def observe_tree(self, nodes: int) -> None:
-        """Count one tree of ``nodes`` nodes (0: a request step without a draft)."""
-        bucket = int(np.searchsorted(TREE_SIZE_BUCKETS, nodes))
-        self._values[len(COUNTERS) + min(bucket, len(TREE_SIZE_BUCKETS) - 1)] += 1
-        self._values[_SLOTS - 1] += nodes
+    def observe_trees(self, sizes: Sequence[int]) -> None:
+        """Count trees of so many nodes each (0: a request step without a draft)."""
+        for nodes, times in Counter(sizes).items():
+            bucket = min(bisect_left(TREE_SIZE_BUCKETS, nodes), len(TREE_SIZE_BUCKETS) - 1)
+            self._values[len(COUNTERS) + bucket] += times
+            self._values[_SLOTS - 1] += nodes * times
         if self._prometheus is not None:
-            self._prometheus["tree_size"].observe(nodes)
+            for nodes in sizes:
+                self._prometheus["tree_size"].observe(nodes)
 
     def snapshot(self) -> dict[str, float]:
         """All counters by name, plain floats."""
@@ -97,10 +102,12 @@ def _multiprocess_counters() -> dict[str, Any] | None:
     """
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
-    from prometheus_client import Counter, Histogram
+    import prometheus_client as prometheus
 
-    found: dict[str, Any] = {name: Counter(_PREFIX + name, doc) for name, doc in COUNTERS}
-    found["tree_size"] = Histogram(
+    found: dict[str, Any] = {
+        name: prometheus.Counter(_PREFIX + name, doc) for name, doc in COUNTERS
+    }
+    found["tree_size"] = prometheus.Histogram(
         _PREFIX + "tree_size", "nodes per request step", buckets=TREE_SIZE_BUCKETS
     )
     return found

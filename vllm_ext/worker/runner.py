@@ -29,6 +29,7 @@ from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.build import build_drafter, load_resources
 from vllm_ext.config import read_options
+from vllm_ext.enclosed import enclose
 from vllm_ext.worker.calibration import CalibrationMixin
 from vllm_ext.worker.commit import commit
 from vllm_ext.worker.counting import CountingMixin
@@ -133,7 +134,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             batch.num_computed_tokens_cpu[:count],
         )
         contexts = batch.num_computed_tokens_cpu[:count].tolist()
-        self._timer.attend(contexts, [len(tree) for tree in step.trees])
+        branching = len(step.attention.trees) if step.attention is not None else 0
+        self._timer.attend(contexts, [len(tree) for tree in step.trees], branching)
         if step.attention is not None:
             for tree in step.attention.trees:
                 positions = torch.from_numpy(tree.base + tree.depths)
@@ -189,8 +191,10 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         self: Any, how: Callable[..., WalkResult], logits: torch.Tensor, step: Step
     ) -> tuple[Candidates | None, WalkResult]:
         batch = self.input_batch
+        begin = time.perf_counter()
         # Before the walk: a processor may write into the logits.
         seen = candidates(logits) if self._listens(step) else None
+        looked = time.perf_counter()
         with self._processors_walking():
             walked = how(
                 self.sampler,
@@ -202,7 +206,14 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
                 self._update_processors,
                 undrawn=self._undrawn(),
             )
+        walked_at = time.perf_counter()
+        self._timer.work_outside(walked_at - begin, sampling=walked_at - looked)
         return seen, walked
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        """Stock; the drafts that it made go out with its output."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        return enclose(output, self.take_draft_token_ids())
 
     def propose_draft_token_ids(
         self: Any,
@@ -235,6 +246,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             self._drafting.trees = trees
             self._count(sampled_token_ids, time.perf_counter() - begin)
         self._step = self._walked = self._seen = None
+        self._timer.work_outside(time.perf_counter() - begin)
         self._timer.end()
         return [list(trees[r].tokens) if r in trees else [] for r in request_ids]
 

@@ -80,6 +80,16 @@ def walk(
         The emitted tokens of each request and the nodes that were accepted.
     """
     count = len(trees)
+    # Drafts must not be taken for history: the path so far is in `histories`.
+    metadata = replace(metadata, spec_token_ids=None)
+    if len(logits) == count:  # nothing is drafted: one ordinary step
+        drawing = [request for request in range(count) if request not in undrawn]
+        output = sampler(
+            logits=logits, sampling_metadata=_with_generators(metadata, drawing, count)
+        )
+        return WalkResult(
+            output.sampled_token_ids.tolist(), [[] for _ in trees], [output.logprobs_tensors]
+        )
     children = [tree.children for tree in trees]
     nodes = [ROOT] * count
     tokens: list[list[int]] = [[] for _ in range(count)]
@@ -87,8 +97,6 @@ def walk(
     logprobs: list[Any] = []
     live = list(range(count))
     sleeping = set(undrawn)
-    # Drafts must not be taken for history: the path so far is in `histories`.
-    metadata = replace(metadata, spec_token_ids=None)
     batch = list(range(count))
     try:
         while live:

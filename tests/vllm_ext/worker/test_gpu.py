@@ -49,7 +49,9 @@ class Runner(TreeGPURunnerMixin, Stock):  # type: ignore[misc]
         self.positions = torch.arange(sum(sizes))
         self.sampler = Sampler()
         self.attended: list[Any] = []
-        self._timer: Any = SimpleNamespace(attend=lambda *what: self.attended.append(what))
+        self._timer: Any = SimpleNamespace(
+            attend=lambda *what: self.attended.append(what), work_outside=lambda *_, **__: None
+        )
         tables = [
             SimpleNamespace(get_device_tensor=lambda n, g=g: torch.full((n, 1), g)) for g in (0, 1)
         ]
@@ -78,7 +80,7 @@ def test_a_branching_step_reaches_every_layer() -> None:
     runner = Runner({"x": CHAIN, "y": TREE})
     runner.prepare()
     assert runner.positions[3:].tolist() == [20, 21, 21, 22]
-    assert runner.attended == [([20, 20], [len(CHAIN), len(TREE)])]
+    assert runner.attended == [([20, 20], [len(CHAIN), len(TREE)], 1)]
     built, _ = runner._build_attention_metadata()
     launches = {name: getattr(md, LAUNCH_ATTRIBUTE) for name, md in built.items()}
     assert launches["a"].step is launches["c"].step  # plans are shared

@@ -28,29 +28,36 @@ def timer() -> StepTimer:
 def test_a_step_is_recorded_with_what_it_attended_to() -> None:
     clock = timer()
     clock.begin(5)
-    clock.attend([100, 200], [3, 0])
+    clock.attend([100, 200], [3, 0], 1)
+    clock.work_outside(0.003, sampling=0.001)
+    clock.work_outside(0.005)
+    clock.exclude(0.002)
     clock.end()
     clock.begin(2)
-    clock.attend([110, 201], [0, 0])
+    clock.attend([110, 201], [0, 0], 0)
     clock.end()
     clock.begin(1)
+    first = {"context": 300, "drafted": 300, "verified": 5, "branching": 1}
+    plain = {"context": 311, "drafted": 0, "verified": 2, "branching": 0}
     assert clock.cost == [
-        (5, {"context": 300, "drafted": 300}),
-        (2, {"context": 311, "drafted": 0}),
+        (5, {**first, "outside": pytest.approx(0.006), "sampling": 0.001}),
+        (2, {**plain, "outside": 0.0, "sampling": 0.0}),
     ]
 
 
 def test_pauses_and_unfinished_steps_are_not_recorded() -> None:
     clock = timer()
     clock.begin(5)
-    clock.attend([100], [4])
+    clock.attend([100], [4], 1)
+    clock.work_outside(1.0, sampling=1.0)
     clock.begin(1)  # the step before has not ended
     clock.end()
     time.sleep(0.06)
     clock.begin(1)  # the engine was idle
     clock.end()
     clock.begin(1)
-    assert clock.cost == [(1, {"context": 0, "drafted": 0})]  # and nothing was left behind
+    # And nothing was left behind.
+    assert clock.cost == [(1, {"outside": 0.0, "sampling": 0.0})]
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

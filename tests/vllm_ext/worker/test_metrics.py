@@ -26,7 +26,7 @@ if "again" in sys.argv:
 for _ in range(rounds):
     counters.add("steps", 1)
     counters.add("drafting_seconds", 0.5)
-    counters.observe_tree(5)
+    counters.observe_trees([5])
 assert counters.snapshot()["steps"] == rounds
 """
 ROUNDS = 4000
