@@ -79,6 +79,8 @@ class TreeDrafter:
         self._grower: Grower = grower or DySpec(Mixture(sources), options)
         self._sources = self._grower.sources
         self.gate = gate
+        # Beside a prompt drafts cost next to nothing, and the next step is another question.
+        self._gate_beside_prompts = None if gate is None else Gate()
         self._wanted = True  # by any request of the latest batch
         self._requests: dict[str, _Request] = {}
         self._states: tuple[Sequence[str], Tensor] | None = None
@@ -178,7 +180,7 @@ class TreeDrafter:
         if not requests:
             return []
         base_rows, base_tokens = len(requests) + other_rows, float(len(requests))
-        gate = self.gate
+        gate = self._gate_beside_prompts if other_rows else self.gate
         if gate is not None and not gate.wants_draft(base_rows, self.cost.steps(base_rows)):
             return [TokenTree.EMPTY] * len(requests)
         limits = [self._max_nodes] * len(requests)
@@ -203,10 +205,7 @@ class TreeDrafter:
         )
         if gate is None:
             return trees
-        nodes = sum(map(len, trees))
-        extra = sum(sum(tree.probs) for tree in trees)
-        spent = self._grower.spent + cost.branching * sum(not tree.is_chain for tree in trees)
-        gain = cost.gain(base_rows, base_tokens, nodes, extra, spent) if nodes else 0.0
+        gain = cost.gain(base_rows, trees, self._grower.spent) if any(trees) else 0.0
         return trees if gate.decide(gain, base_rows) else [TokenTree.EMPTY] * len(requests)
 
     def stop(self, request: str) -> None:

@@ -80,7 +80,7 @@ class Gate:
         """Take the promised gain of the trees that were grown (0 if no node pays).
 
         Args:
-            gain: expected tokens per second with the drafts over those without, less 1.
+            gain: expected of them, as `StepCost.gain`.
             base_rows: as in `wants_draft`.
 
         Returns:

@@ -170,7 +170,7 @@ class Layerwise(DySpec):
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         if not wanted or (self.gate is not None and not self.gate.wants_draft(base_rows)):
             return trees
-        before = _gain(trees, cost, base_rows, base_tokens, 0.0)
+        before = cost.gain(base_rows, trees)
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in wanted))
         roots = self._predictor.begin(wanted)
         for draftee, context in zip(draftees, contexts, strict=True):
@@ -190,7 +190,7 @@ class Layerwise(DySpec):
         else:
             growths, trees = grown()
         if self.gate is not None:
-            after = _gain(trees, cost, base_rows, base_tokens, self.spent)
+            after = cost.gain(base_rows, trees, self.spent)
             self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows)
         return trees
 
@@ -279,11 +279,3 @@ class Layerwise(DySpec):
         for greedy, (children, parents) in kept.items():
             if parents > 0.0:
                 self._kept[greedy] += _KEPT_RATE * (children / parents - self._kept[greedy])
-
-
-def _gain(
-    trees: Sequence[TokenTree], cost: StepCost, base_rows: int, base_tokens: float, spent: float
-) -> float:
-    extra = sum(sum(tree.probs) for tree in trees)
-    spent += cost.branching * sum(not tree.is_chain for tree in trees)
-    return cost.gain(base_rows, base_tokens, sum(map(len, trees)), extra, spent)

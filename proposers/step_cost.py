@@ -19,6 +19,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from proposers.tree import TokenTree
+
 
 class SizeSearch:
     """Finds the best number of nodes while they arrive best first; see `StepCost.search`.
@@ -114,19 +116,22 @@ class StepCost(ABC):
             search.add(prob)
         return search.size
 
-    def gain(
-        self,
-        base_rows: int,
-        base_tokens: float,
-        nodes: int,
-        extra_tokens: float,
-        spent: float = 0.0,
-    ) -> float:
-        """Relative gain in tokens per second from `nodes` nodes that bring `extra_tokens` and took
-        `spent` seconds to draft.
+    def gain(self, base_rows: int, trees: Sequence[TokenTree], spent: float = 0.0) -> float:
+        """Relative gain of a step with drafts in the mean time that requests wait for a token.
+
+        Tokens per second would let a few requests that are easy to guess pay for a step that takes
+        longer for all. Requests that started together end with their slowest, which gains least.
+
+        Args:
+            base_rows: rows of the step without drafts.
+            trees: of every request that decodes in it, possibly empty.
+            spent: seconds that drafting them took beyond what this model knows of.
         """
-        slower = (self.seconds(base_rows + nodes) + spent) / self.seconds(base_rows)
-        return (base_tokens + extra_tokens) / base_tokens / slower - 1.0
+        nodes = sum(map(len, trees))
+        branching = sum(not tree.is_chain for tree in trees)
+        seconds = self.seconds(base_rows + nodes) + self.branching * branching + spent
+        waits = sum(1.0 / (1.0 + sum(tree.probs)) for tree in trees) / len(trees)
+        return self.seconds(base_rows) / (seconds * waits) - 1.0
 
     def search(
         self, base_rows: int, base_tokens: float, limit: int, spent: float = 0.0

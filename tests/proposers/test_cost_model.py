@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proposers import CostModel, DySpecOptions, Mixture
+from proposers import CostModel, DySpecOptions, Mixture, TokenTree
 from proposers.cost_model import AttentionCost
 from proposers.dyspec import DySpec
 from proposers.grower import Draftee
@@ -137,6 +137,21 @@ def test_nothing_is_drafted_when_nothing_pays() -> None:
     assert flat.best_size(1, 1, [0.9, 0.8]) == 2
     assert flat.best_size(1, 1, [0.01]) == 0  # below the margin
     assert flat.best_size(1, 1, []) == 0
+
+
+def test_the_gain_is_that_of_the_mean_request() -> None:
+    cost = CostModel([(4, 0.040), (8, 0.050)])
+    even = [TokenTree.chain([1], [0.5])] * 4
+    assert cost.gain(4, even) == pytest.approx(1.5 / 1.25 - 1)
+    # As many tokens per second, but three of four requests only wait longer.
+    uneven = [TokenTree.chain([1, 2, 3, 4], [0.5] * 4), *[TokenTree.EMPTY] * 3]
+    assert cost.gain(4, uneven) == pytest.approx(4 / (1 / 3 + 3) / 1.25 - 1)
+    assert cost.gain(4, uneven) < 0 < cost.gain(4, even)
+    assert cost.gain(4, [TokenTree.EMPTY] * 4) == 0
+    assert cost.gain(4, even, 0.010) == pytest.approx(1.5 / 1.5 - 1)
+    bush = [TokenTree((1, 2), (-1, -1), (0.5, 0.5))]
+    cost.branching = 0.010
+    assert cost.gain(4, bush) == pytest.approx(2 / (0.055 / 0.040) - 1)
 
 
 def test_a_step_in_the_curve_is_looked_across() -> None:

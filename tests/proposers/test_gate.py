@@ -159,6 +159,27 @@ def test_a_closed_gate_asks_no_source(table_source) -> None:
     assert gate.switches == 1
 
 
+def test_steps_with_prompts_have_a_gate_of_their_own(table_source) -> None:
+    """A prompt that comes and goes is no reason to try again what has not paid."""
+    gate = Gate()
+    # Twelve rows are as dear as they are many; beside a hundred of a prompt they are not.
+    cost = CostModel([(1, 1.0), (13, 13.0), (99, 99.0), (101, 99.0), (200, 99.0)])
+    drafter = TreeDrafter(
+        VOCAB, DySpecOptions(), cost, [table_source({1: {2: 1.0}}, odds=0.5)], gate=gate
+    )
+    drafter.start("r", [1], greedy=True)
+    for _ in range(200):
+        drafter.propose(["r"])
+    assert not gate.is_open
+    drafted = {0: 0, 99: 0}
+    for step in range(100):
+        other = 99 if step % 2 else 0
+        drafted[other] += len(drafter.propose(["r"], other_rows=other)[0]) > 0
+        assert not gate.is_open
+    assert drafted[0] == 0
+    assert drafted[99] > 25
+
+
 def test_requests_that_want_no_draft_do_not_close_it(table_source) -> None:
     gate = Gate()
     drafter = TreeDrafter(

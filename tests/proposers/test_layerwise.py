@@ -201,8 +201,8 @@ def test_what_was_spent_is_told_and_counts() -> None:
     (tree,) = grow(grower, draftee("a"), cost=STEEP)
     expected = model.seconds(1) + sum(model.seconds(rows) for rows in model.passes)
     assert grower.spent == pytest.approx(expected)
-    gain = STEEP.gain(1, 1.0, len(tree), sum(tree.probs), grower.spent)
-    assert gain < STEEP.gain(1, 1.0, len(tree), sum(tree.probs))
+    gain = STEEP.gain(1, [tree], grower.spent)
+    assert gain < STEEP.gain(1, [tree])
     grower.grow([draftee("a", 0)], STEEP, base_rows=1, base_tokens=1.0)
     assert grower.spent == 0.0
 
