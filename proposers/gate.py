@@ -8,9 +8,10 @@ running mean g of the promised relative gain,
     closed -> open    when g >= OPEN_AT
     open   -> closed  when g <  CLOSE_AT < OPEN_AT
 
-and a closed gate asks for a trial draft every `PROBE_EVERY` steps only, so that a server under load
-spends nothing on drafts that do not pay. The pause doubles with every trial that fails, up to a
-limit, which is higher where a trial itself is dear: a pass of a draft model.
+after DOUBT (1 - 1 / rows) was taken from every promise, and a closed gate asks for a trial draft
+every `PROBE_EVERY` steps only, so that a server under load spends nothing on drafts that do not
+pay. The pause doubles with every trial that fails, up to a limit, which is higher where a trial
+itself is dear: a pass of a draft model.
 
 An open gate leaves a draft out now and then, so that steps without drafts are measured too:
 otherwise drafts could lose for ever to a plain step that is believed to be slower than it is. The
@@ -21,6 +22,10 @@ from __future__ import annotations
 
 OPEN_AT = 0.02
 CLOSE_AT = 0.005
+DOUBT = 0.05
+"""What is taken from a promise in a large batch. Trees are chosen for what they promise, and so
+promise too much; and requests that are guessed well leave the batch to those that are not.
+"""
 PROBE_EVERY = 8
 SELDOM = 16
 """Longest pause between trials; under load that is about a second."""
@@ -92,7 +97,7 @@ class Gate:
             self._pause = min(2 * self._pause, self._patience)
         self._rows, self._waited = base_rows, 0
         memory = _MEMORY_OPEN if self.is_open else _MEMORY_CLOSED
-        self._gain += (gain - self._gain) / memory
+        self._gain += (gain - DOUBT * (1.0 - 1.0 / base_rows) - self._gain) / memory
         if self._gain < CLOSE_AT if self.is_open else self._gain >= OPEN_AT:
             self.is_open = not self.is_open
             self.switches += 1

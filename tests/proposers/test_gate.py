@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter
-from proposers.gate import CHECK_EVERY, PROBE_EVERY, RARELY, SELDOM, Gate
+from proposers.gate import CHECK_EVERY, DOUBT, OPEN_AT, PROBE_EVERY, RARELY, SELDOM, Gate
 
 VOCAB = 50
 ACCEPTED = 0.5
@@ -81,20 +81,30 @@ def test_it_drafts_where_drafts_pay(table_source) -> None:
 
 def test_thresholds_and_probes() -> None:
     gate = Gate()
-    assert gate.wants_draft(4)
+    assert gate.wants_draft(1)
     steps = 0
-    while gate.decide(0.0, 4):
+    while gate.decide(0.0, 1):
         steps += 1
     assert 20 < steps < 100  # some steps without a promise do not close it
-    waits = [gate.wants_draft(4) for _ in range(PROBE_EVERY)]
+    waits = [gate.wants_draft(1) for _ in range(PROBE_EVERY)]
     assert waits == [False] * (PROBE_EVERY - 1) + [True]
-    assert not gate.decide(0.01, 4)  # between the thresholds it stays as it is
-    assert not gate.wants_draft(4)
-    assert gate.wants_draft(1)  # another batch is another question
+    assert not gate.decide(0.01, 1)  # between the thresholds it stays as it is
+    assert not gate.wants_draft(1)
+    assert gate.wants_draft(4)  # another batch is another question
+    assert not gate.decide(0.01, 4)
     assert gate.decide(0.5, 1)
     for _ in range(200):
         assert gate.decide(0.01, 1)  # and so it does when open
     assert gate.switches == 2
+
+
+def test_a_large_batch_is_promised_more_before_it_drafts() -> None:
+    small, large = 0.5 * DOUBT, 1.5 * DOUBT + OPEN_AT
+    for rows, gain, drafts in ((1, small, True), (16, small, False), (16, large, True)):
+        gate = Gate()
+        for _ in range(200):
+            gate.decide(gain, rows)
+        assert gate.is_open == drafts, (rows, gain)
 
 
 def pauses(gate: Gate, trials: int, rows: int = 4) -> list[int]:
