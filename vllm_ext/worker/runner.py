@@ -259,16 +259,20 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             self._failures = max(0.0, self._failures - _FORGIVEN)
             return trees
         except Exception:
-            logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
-            self._counters.add("drafting_errors", 1)
-            self._failures += 1.0
-            if self._failures >= _MOST_FAILURES:
-                logger.error("vllm-ext: drafting fails again and again and stays off; see above")
-            self.drop_failed_draft_model()
-            self._drafting = self._new_drafting()
+            self._drop_drafting()
             return {}
         finally:
             self._timer.exclude(self.draft_model_seconds())
+
+    def _drop_drafting(self: Any) -> None:
+        """After an exception: begin drafting anew, and stay off if that happens again and again."""
+        logger.exception("vllm-ext: drafting failed; its state is dropped, serving goes on")
+        self._counters.add("drafting_errors", 1)
+        self._failures += 1.0
+        if self._failures >= _MOST_FAILURES:
+            logger.error("vllm-ext: drafting fails again and again and stays off; see above")
+        self.drop_failed_draft_model()
+        self._drafting = self._new_drafting()
 
     def _draft(
         self: Any,
@@ -336,7 +340,10 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
     def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         if self._drafting is not None:
-            self._drafting.stop(req_id)
+            try:
+                self._drafting.stop(req_id)  # which learns what the request said last
+            except Exception:
+                self._drop_drafting()
 
     # -- helpers ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,7 +109,7 @@ def drafting_runner(fails: Callable[[int], bool]) -> Any:
     def add(name: str, amount: float) -> None:
         counts[name] += amount
 
-    return SimpleNamespace(
+    made = SimpleNamespace(
         counts=counts,
         _failures=0.0,
         _draft=draft,
@@ -116,8 +117,10 @@ def drafting_runner(fails: Callable[[int], bool]) -> Any:
         _timer=SimpleNamespace(exclude=lambda seconds: None),
         draft_model_seconds=lambda: 0.0,
         drop_failed_draft_model=lambda: None,
-        _new_drafting=lambda: None,
+        _new_drafting=lambda: "new",
     )
+    made._drop_drafting = partial(TreeRunnerMixin._drop_drafting, made)
+    return made
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -136,6 +139,35 @@ def test_rare_failures_are_forgiven() -> None:
     drafted = [TreeRunnerMixin._try_to_draft(engine) for _ in range(3001)]
     assert engine.counts == {"attempts": 3001, "drafting_errors": 20}
     assert drafted[-1]
+
+
+class _Stock:
+    """Stands in for vLLM's runner."""
+
+    removed: list[str]
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        self.removed.append(req_id)
+
+
+class _Removing(TreeRunnerMixin, _Stock):
+    def __init__(self, drafting: Any, rest: Any) -> None:
+        self.removed = []
+        vars(self).update(vars(rest), _drafting=drafting)
+        del self._drop_drafting  # the class has it
+
+
+def test_what_a_request_said_last_cannot_take_the_engine_down() -> None:
+    def fail(request: str) -> None:
+        raise RuntimeError(f"in a table, at {request}")
+
+    engine = _Removing(SimpleNamespace(stop=fail), drafting_runner(lambda attempt: False))
+    with logged(logging.ERROR) as lines:
+        engine._on_request_state_removed("a", None)
+    assert engine.removed == ["a"]
+    assert engine.counts["drafting_errors"] == 1
+    assert engine._drafting == "new"
+    assert any("its state is dropped" in line for line in lines)
 
 
 class Measured(TreeRunnerMixin):
