@@ -22,7 +22,7 @@ from __future__ import annotations
 
 OPEN_AT = 0.02
 CLOSE_AT = 0.005
-DOUBT = 0.08
+DOUBT = 0.07
 """What is taken from a promise in a large batch. Trees are chosen for what they promise, and so
 promise too much; and requests that are guessed well leave the batch to those that are not.
 """
