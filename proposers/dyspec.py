@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from proposers.grower import Draftee, fewer
+from proposers.grower import Draftee, cut, fewer, rate
 from proposers.mixture import Bias, Mixture, Prediction
 from proposers.source import Source, State
 from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
+
+_BRANCH_BRINGS = 2.0
+"""Tokens that a tree with branches brings, by the value of its first one: others follow it."""
 
 _Siblings: TypeAlias = list[tuple[float, int]]
 """Children of one node yet to be added, as (-probability, token), the best one last."""
@@ -125,6 +128,14 @@ class Growth:
         self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
         self.children[parent, token] = node
         return node
+
+    def best_path(self) -> TokenTree:
+        """The path of best children, as far as it was grown."""
+        path: list[int] = []
+        for node, parent in enumerate(self.parents):
+            if parent == (path[-1] if path else ROOT):
+                path.append(node)
+        return TokenTree.chain([self.tokens[n] for n in path], [self.probs[n] for n in path])
 
     def tree(self, n: int) -> TokenTree:
         """The first `n` nodes."""
@@ -250,9 +261,9 @@ def grow(
     search = cost.search(base_rows, base_tokens, limit, spent)
     floor = max(options.min_prob, search.min_prob)
 
-    # A first branch costs its tree's attention besides a row: it takes its turn by what it brings
-    # for what it costs.
-    share = search.row / (search.row + cost.branching) if cost.branching else 1.0
+    # A tree's first branch costs an attention of its own, and must bring the tokens that the batch
+    # could have in that time; so trees of large batches are chains.
+    least_branch = cost.branching * base_tokens / cost.seconds(base_rows) / _BRANCH_BRINGS
 
     # Of a node's children only the best one not yet added waits in the heap, with the rest behind
     # it. The counter keeps the order of equals reproducible.
@@ -276,14 +287,13 @@ def grow(
             expand(index, ROOT, 1.0)
     while heap and len(owners) < limit:
         negative, _, index, parent, above, siblings = heappop(heap)
-        growth, value = growths[index], -siblings[-1][0] * above
+        growth, value = growths[index], -negative
         if len(growth.tokens) >= growth.limit:
             continue
         if search.hopeless(value):
             break
         first_branch = growth.is_chain and parent != len(growth.tokens) - 1
-        if first_branch and share < 1.0 and -negative > value * share:
-            heappush(heap, (-value * share, next(counter), index, parent, above, siblings))
+        if first_branch and value < least_branch:
             continue
         node = growth.add(parent, siblings.pop()[1], value)
         if siblings:
@@ -296,4 +306,9 @@ def grow(
     kept = [0] * len(growths)
     for index in owners[: search.size]:
         kept[index] += 1
-    return [growth.tree(n) for growth, n in zip(growths, kept, strict=True)]
+    trees = [growth.tree(n) for growth, n in zip(growths, kept, strict=True)]
+    if not cost.branching or all(tree.is_chain for tree in trees):
+        return trees
+    step: dict[str, Any] = {"base_rows": base_rows, "base_tokens": base_tokens, "spent": spent}
+    chains = cut([growth.best_path() for growth in growths], cost, most=limit, **step)
+    return max([trees, chains], key=lambda those: rate(those, cost, **step))

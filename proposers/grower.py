@@ -58,6 +58,20 @@ def cut(
     return [tree.prefix(n) for tree, n in zip(trees, kept, strict=True)]
 
 
+def rate(
+    trees: Sequence[TokenTree],
+    cost: StepCost,
+    *,
+    base_rows: int,
+    base_tokens: float,
+    spent: float = 0.0,
+) -> float:
+    """Expected tokens per second of a step with these trees; arguments as of `cut`."""
+    branching = sum(not tree.is_chain for tree in trees)
+    seconds = cost.seconds(base_rows + sum(map(len, trees))) + cost.branching * branching + spent
+    return (base_tokens + sum(sum(tree.probs) for tree in trees)) / seconds
+
+
 def fewer(limit: int, most: int | None) -> int:
     """A grower's own limit on the nodes of a batch, or `most` if the step has room for fewer."""
     return limit if most is None else min(limit, most)

@@ -28,7 +28,6 @@ class SizeSearch:
     Attributes:
         size: the best number so far.
         min_prob: no node below it can be the last one of a best size.
-        row: mean seconds of a node's row.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class SizeSearch:
         self._corners = corners
         self._n = 0
         self._extra = 0.0
-        self.row = (costs[-1] - costs[1]) / (len(costs) - 2) if len(costs) > 2 else 0.0
         self._tokens = base_tokens
         self._best = base_tokens / costs[0] * advantage
         # The last node of the best size brings at least what its row costs at the best rate.

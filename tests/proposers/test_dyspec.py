@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from proposers import CostModel, DySpecOptions, Mixture, TokenTree
 from proposers.dyspec import Growth, grow
+from proposers.grower import rate
 
 FLAT = CostModel([(1, 0.03), (1000, 0.03)], margin=0.0)
 
@@ -109,11 +110,8 @@ class _DearBranches(CostModel):
         self.branching = branching
 
 
-def rate(trees: list[TokenTree], cost: CostModel) -> float:
-    """Tokens per second of a step."""
-    branching = sum(not tree.is_chain for tree in trees)
-    seconds = cost.seconds(len(trees) + sum(map(len, trees))) + cost.branching * branching
-    return (len(trees) + sum(sum(tree.probs) for tree in trees)) / seconds
+def tokens_per_second(trees: list[TokenTree], cost: CostModel) -> float:
+    return rate(trees, cost, base_rows=len(trees), base_tokens=float(len(trees)))
 
 
 def test_a_tree_branches_where_that_pays_for_its_attention(table_source) -> None:
@@ -125,15 +123,16 @@ def test_a_tree_branches_where_that_pays_for_its_attention(table_source) -> None
         cost = _DearBranches(branching)
         trees = grown(mixture, [0, 0, 3], options, cost)
         branches.append(sum(not tree.is_chain for tree in trees))
-        rates.append(rate(trees, cost))
-        assert rates[-1] >= rate(grown(mixture, [0, 0, 3], options, cost, chain=True), cost)
+        rates.append(tokens_per_second(trees, cost))
+        chains = grown(mixture, [0, 0, 3], options, cost, chain=True)
+        assert rates[-1] >= tokens_per_second(chains, cost)
     assert branches[0] > 0
     assert branches[-1] == 0
     assert branches == sorted(branches, reverse=True)
     assert rates == sorted(rates, reverse=True)
     # Control: trees that ignore it lose.
     blind = grown(mixture, [0, 0, 3], options, _DearBranches(0.0))
-    assert rate(blind, _DearBranches(0.02)) < 0.9 * rates[-1]
+    assert tokens_per_second(blind, _DearBranches(0.02)) < 0.9 * rates[-1]
 
 
 @settings(deadline=None)
