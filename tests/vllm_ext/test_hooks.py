@@ -62,6 +62,9 @@ ANCHORS = [
     (f"{RUNNER}.sample_tokens", "sampler_output = self._sample(logits, spec_decode_metadata)"),
     # Ragged lists of drafts are passed through.
     (f"{RUNNER}._get_draft_token_ids_cpu", "isinstance(self._draft_token_ids, list)"),
+    # After each step the engine asks its executor for drafts, which came with the step's output.
+    ("vllm.v1.engine.core:EngineCore.step", "self.model_executor.sample_tokens(grammar_output)"),
+    ("vllm.v1.engine.core:EngineCore.post_step", "self.model_executor.take_draft_token_ids()"),
     # Bookkeeping extends the live output list by what we return.
     (f"{RUNNER}._bookkeeping_sync", "req_state.output_token_ids.extend(sampled_ids)"),
     # The CPU worker looks its runner class up in its own module.
