@@ -65,7 +65,7 @@ _RATE_BRANCHING = 0.1
 _MANY_BRANCHING = 2.0
 """As above, for trees with branches."""
 
-_OWN_MEMORY = 32.0
+_OUTSIDE_MEMORY = 32.0
 """Steps that the running mean of o looks back on."""
 
 _FORGET = 1.0 / 2000.0
@@ -172,12 +172,12 @@ class CostModel(StepCost):
             sampling: of `outside`, what it would be if nobody drafted.
         """
         seconds -= outside
-        loads = (seconds, context, drafted, branching, outside)
+        loads = (seconds, context, drafted, branching, outside, sampling)
         if rows < 1 or not seconds > 0.0 or not all(0.0 <= x < math.inf for x in loads):
             return
         if rows == verified:  # no prompt, whose own work would be taken for that of its row
             mean, steps = self._outside[drafted > 0.0]
-            rate = max(1.0 / (steps + 1.0), 1.0 / _OWN_MEMORY)
+            rate = max(1.0 / (steps + 1.0), 1.0 / _OUTSIDE_MEMORY)
             each = (outside if drafted else sampling) / verified
             self._outside[drafted > 0.0] = mean + rate * (each - mean), steps + 1.0
         base = self.seconds(rows)

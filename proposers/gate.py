@@ -23,8 +23,8 @@ from __future__ import annotations
 OPEN_AT = 0.02
 CLOSE_AT = 0.005
 DOUBT = 0.07
-"""What is taken from a promise in a large batch. Trees are chosen for what they promise, and so
-promise too much; and requests that are guessed well leave the batch to those that are not.
+"""What is taken from a promise in a large batch: requests that are guessed well leave it to those
+that are not, so a group that starts together gains less than its mean request is promised.
 """
 PROBE_EVERY = 8
 SELDOM = 16

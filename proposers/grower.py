@@ -67,9 +67,8 @@ def rate(
     spent: float = 0.0,
 ) -> float:
     """Expected tokens per second of a step with these trees; arguments as of `cut`."""
-    branching = sum(not tree.is_chain for tree in trees)
-    seconds = cost.seconds(base_rows + sum(map(len, trees))) + cost.branching * branching + spent
-    return (base_tokens + sum(sum(tree.probs) for tree in trees)) / seconds
+    tokens = base_tokens + sum(sum(tree.probs) for tree in trees)
+    return tokens / (cost.seconds_with(base_rows, trees) + spent)
 
 
 def fewer(limit: int, most: int | None) -> int:

@@ -90,6 +90,11 @@ class StepCost(ABC):
         """Expected latency of a step of `rows` rows, in seconds."""
         return float(self._at(np.array([rows], np.float64))[0])
 
+    def seconds_with(self, base_rows: int, trees: Sequence[TokenTree]) -> float:
+        """Expected latency of a step of `base_rows` rows and these trees, in seconds."""
+        branching = sum(not tree.is_chain for tree in trees)
+        return self.seconds(base_rows + sum(map(len, trees))) + self.branching * branching
+
     def curve(self, max_rows: int) -> NDArray[np.float64]:
         """float64 [max_rows + 1]: expected seconds by row count, non-decreasing.
 
@@ -125,10 +130,8 @@ class StepCost(ABC):
             trees: of every request that decodes in it, possibly empty.
             spent: seconds that drafting them took beyond what this model knows of.
         """
-        nodes = sum(map(len, trees))
-        branching = sum(not tree.is_chain for tree in trees)
-        seconds = self.seconds(base_rows + nodes) + self.branching * branching + spent
         waits = sum(1.0 / (1.0 + sum(tree.probs)) for tree in trees) / len(trees)
+        seconds = self.seconds_with(base_rows, trees) + spent
         return self.seconds(base_rows) / (seconds * waits) - 1.0
 
     def search(
@@ -141,7 +144,9 @@ class StepCost(ABC):
         costs = self.curve(base_rows + limit)[base_rows:] + spent
         inner = (self._rows > base_rows) & (self._rows < base_rows + limit)
         # The first node bends it too: drafting itself takes time.
-        corners = sorted({1, *(self._rows[inner].astype(int) - base_rows).tolist(), limit})
+        corners = sorted(
+            {min(1, limit), *(self._rows[inner].astype(int) - base_rows).tolist(), limit}
+        )
         return SizeSearch(costs.tolist(), corners, base_tokens, 1.0 + self._margin)
 
     @abstractmethod

@@ -55,8 +55,12 @@ def _install_enclosed() -> None:
     """Let drafts travel with the sampled tokens; without it they take a message of their own."""
     from vllm_ext import enclosed, hooks
 
-    if all(report.ok for report in hooks.check(hooks.EXECUTOR)):
-        enclosed.install()
+    broken = [report for report in hooks.check(hooks.EXECUTOR) if not report.ok]
+    if broken:
+        names = ", ".join(report.target for report in broken)
+        logger.warning("vllm-ext: drafts take a message of their own: this vLLM lacks %s", names)
+        return
+    enclosed.install()
 
 
 def _install_constraints() -> None:

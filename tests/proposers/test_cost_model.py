@@ -122,6 +122,7 @@ def test_hopeless_never_stops_before_the_best_size(
 
 
 def test_hopeless_does_stop() -> None:
+    assert CostModel(PRIOR).search(1, 1.0, 0).hopeless(0.9)  # no room for a node
     search = CostModel(PRIOR).search(1, 1.0, 40)
     assert not search.hopeless(0.9)
     assert search.hopeless(0.01)
@@ -282,7 +283,9 @@ loads = st.one_of(
 )
 
 
-@given(loads, st.sampled_from(["context", "drafted", "branching", "outside", "seconds"]))
+@given(
+    loads, st.sampled_from(["context", "drafted", "branching", "outside", "sampling", "seconds"])
+)
 def test_recorded_nonsense_is_ignored(value: float, name: str) -> None:
     model = CostModel(PRIOR, attention=AttentionCost(1e-6, 1e-6))
     before = model.in_context(2, [500, 700]).curve(64).tolist()

@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from tests.vllm_ext.logs import logged
-from vllm_ext import background, hooks, plugin
+from vllm_ext import background, enclosed, hooks, plugin
 from vllm_ext.config import CONFIG_KEY, PLACEHOLDER_CLASS
 from vllm_ext.methods import OptionError
 
@@ -251,6 +251,18 @@ def test_constraints_are_off_where_vllm_has_moved_on(
     assert "constraints are off" in caplog.text
     with pytest.raises(VLLMValidationError, match="plugin is not active"):
         LogitsProcessor.validate_params(SamplingParams(extra_args={"constraint_regex": "a"}))
+
+
+def test_drafts_that_need_a_message_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(enclosed, "install", lambda: pytest.fail("installed all the same"))
+    gone = hooks.Hook("gone", "vllm.v1.executor.multiproc_executor:Nothing", None, "x", "y")
+    monkeypatch.setattr(hooks, "EXECUTOR", (gone,))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.vllm_ext"):
+        plugin.register()
+    assert "multiproc_executor:Nothing" in caplog.text
 
 
 def test_the_entry_points_of_constraints_resolve() -> None:

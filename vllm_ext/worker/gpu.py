@@ -36,6 +36,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     """
 
     touched = hooks.WORKER + hooks.CUDA
+    walk_is_timed = False
     partial_trees = False  # the kernel's rows are the tree's; a few rows more cost a GPU little
     processors = 1
 

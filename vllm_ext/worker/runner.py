@@ -57,9 +57,11 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         trees_refused: why branching trees cannot be verified here (then chains are drafted), or
             ``None``.
         touched: the hooks that this runner and its worker rely on.
+        walk_is_timed: whether the walk's time is its own; a device's waits for the forward pass.
     """
 
     touched: tuple[hooks.Hook, ...] = hooks.WORKER
+    walk_is_timed = True
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -206,8 +208,9 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
                 self._update_processors,
                 undrawn=self._undrawn(),
             )
-        walked_at = time.perf_counter()
-        self._timer.work_outside(walked_at - begin, sampling=walked_at - looked)
+        if self.walk_is_timed:
+            end = time.perf_counter()
+            self._timer.work_outside(end - begin, sampling=end - looked)
         return seen, walked
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:

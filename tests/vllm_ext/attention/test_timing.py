@@ -51,6 +51,7 @@ def test_the_terms_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> N
     cost = time_attention(runner([full, full, other, full]))
     assert cost.context == pytest.approx(4e-4)
     assert cost.drafted == pytest.approx(4e-5)
+    assert cost.branching == pytest.approx(4 * (0.5 + 1e-4 * 64))
     assert len({id(layer) for layer in timed}) == 2  # one layer of each kind
 
 
@@ -76,4 +77,4 @@ def test_a_real_layer_can_be_timed() -> None:
 
 def test_a_model_without_room_for_a_context_is_not_timed() -> None:
     cost = time_attention(runner([fake_layer()], max_model_len=9))
-    assert cost.context == cost.drafted == 0.0
+    assert cost.context == cost.drafted == cost.branching == 0.0

@@ -49,8 +49,10 @@ class Runner(TreeGPURunnerMixin, Stock):  # type: ignore[misc]
         self.positions = torch.arange(sum(sizes))
         self.sampler = Sampler()
         self.attended: list[Any] = []
+        self.timed: list[float] = []
         self._timer: Any = SimpleNamespace(
-            attend=lambda *what: self.attended.append(what), work_outside=lambda *_, **__: None
+            attend=lambda *what: self.attended.append(what),
+            work_outside=lambda seconds, sampling: self.timed.append(seconds - sampling),
         )
         tables = [
             SimpleNamespace(get_device_tensor=lambda n, g=g: torch.full((n, 1), g)) for g in (0, 1)
@@ -141,6 +143,11 @@ def test_which_walk(
     assert isinstance(walked, WalkResult)
     expected = [[5, 5] if tree.tokens else [5] for tree in trees.values()]
     assert walked.tokens == expected
+    # A device's walk waits for its forward pass, which is not work outside of it.
+    assert runner.timed == []
+    runner.walk_is_timed = True  # control: as on the CPU
+    runner._verify(logits, runner._step)
+    assert bool(runner.timed) != device
 
 
 def test_our_runner_is_in_place_while_the_worker_makes_one() -> None:
