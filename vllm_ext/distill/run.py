@@ -55,7 +55,7 @@ class Plan:
     """
 
     length: int = 384
-    rows: int = 32
+    rows: int = 64
     answer: int = 160
     top_k: int = 32
     step_rows: int = 2
