@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_ext import draft_vocab as vocab_file
 from vllm_ext.identity import IdentityError, local_folder, tokenizer_hash
 from vllm_ext.methods import OptionError
 
@@ -52,10 +53,10 @@ def check_draft(
     except IdentityError as error:
         raise OptionError(f"draft model: {error}") from error
     check_memory(folder, _machine_memory())
-    draft_model_config(options, model_config)
+    draft_vocab(options, draft_model_config(options, model_config), folder)
 
 
-_DEPENDENT = ("quantization", "max_model_len", "draft_dtype")
+_DEPENDENT = ("quantization", "max_model_len", "draft_dtype", "draft_vocab")
 
 
 def check_one_worker(parallel_config: Any) -> None:
@@ -115,6 +116,26 @@ def draft_model_config(options: Any, model_config: Any) -> Any:
             "attention layers"
         )
     return config
+
+
+def draft_vocab(options: Any, config: Any, folder: Path) -> list[int] | None:
+    """The tokens that a draft model may draft, or ``None`` for all.
+
+    Args:
+        options: with a draft model.
+        config: the draft's ``ModelConfig``.
+        folder: of the draft model.
+
+    Raises:
+        OptionError: the file cannot be used.
+    """
+    path = vocab_file.path_of(options.draft_vocab, folder)
+    if path is None:
+        return None
+    try:
+        return vocab_file.load(path, int(config.get_vocab_size()))
+    except vocab_file.DraftVocabError as error:
+        raise OptionError(f"draft model {options.model!r}, draft_vocab: {error}") from error
 
 
 def check_memory(folder: Path, available: int) -> None:

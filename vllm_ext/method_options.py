@@ -101,6 +101,13 @@ class DraftWeightsConfig(TreeConfig):
     draft_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype of the draft model; the target's"
     )
+    draft_vocab: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file of the tokens that the draft model may draft, its output layer being cut "
+        "to them; the one that `vllm-ext distill` leaves in its folder, if there is one; off: all "
+        "tokens",
+    )
     draft_tensor_parallel_size: int = Field(
         default=1, ge=1, le=1, description="the draft model runs on one worker"
     )

@@ -103,6 +103,7 @@ class DraftWorker(TreeCPUWorker):
         predictor = runner._predictor
         return {
             "used": predictor is not None,
+            "vocab": runner._draft_model.drafted_vocab,
             "texts": len(predictor._texts) if predictor is not None else 0,
             **runner._counters.snapshot(),
         }

@@ -16,6 +16,7 @@ from tests.vllm_ext.test_config import engine_args
 from vllm_ext import draft_config
 from vllm_ext.config import CONFIG_KEY, PLACEHOLDER_CLASS, draft_slots, translate
 from vllm_ext.draft_config import check_draft, check_memory
+from vllm_ext.draft_vocab import FILE, save
 from vllm_ext.methods import METHODS, OptionError, parse_options
 
 
@@ -68,6 +69,17 @@ def test_missing_weights(target: Path, draft: Path) -> None:
         file.unlink()
     with pytest.raises(OptionError, match="no weights there"):
         check(target, draft)
+
+
+def test_a_draft_vocabulary_that_cannot_be_used(target: Path, draft: Path) -> None:
+    (draft / FILE).write_text("{}")
+    with pytest.raises(OptionError, match=r"draft_vocab: .*is no draft vocabulary"):
+        check(target, draft)
+    check(target, draft, draft_vocab="off")
+    with pytest.raises(OptionError, match=r"draft_vocab: no/such/file cannot be read"):
+        check(target, draft, draft_vocab="no/such/file")
+    save(draft / FILE, range(100))
+    check(target, draft)
 
 
 def test_another_tokenizer(target: Path, draft: Path) -> None:
@@ -138,6 +150,7 @@ def test_options_of_a_draft_model_without_one(target: Path) -> None:
     for given, message in (
         ({"quantization": "fp8"}, "quantization given without a draft model"),
         ({"max_model_len": 9, "draft_dtype": "float16"}, "max_model_len, draft_dtype given"),
+        ({"draft_vocab": "off"}, "draft_vocab given without a draft model"),
         ({"verify": "kseq"}, r"verify='kseq' is a rule .* none is given: add 'model' or"),
         ({"sources": []}, r"sources=\[\] drafts nothing"),
     ):

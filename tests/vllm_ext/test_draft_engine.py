@@ -9,14 +9,17 @@ draft's keys, positions, slots and mask to be right; each of them broken must sh
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm_ext.engine import make_engine, make_tiny_model, prompts, texts
+from tests.vllm_ext.engine import VOCAB, make_engine, make_tiny_model, prompts, texts
 from tests.vllm_ext.test_engine import params
+from vllm_ext.draft_vocab import FILE, save
 
 pytestmark = pytest.mark.engine
 
@@ -194,6 +197,30 @@ def test_a_compiled_draft_model(plain: Any, model: Path) -> None:
         assert counts["inside"] == 0
     finally:
         shut(compiled)
+
+
+def test_a_draft_vocabulary(plain: Any, model: Path, tmp_path: Path) -> None:
+    """Cut to the tokens that are needed the draft is still always right, and drafts no others."""
+    requests = prompts(4, seed=3)
+    expected = texts(plain, requests, params(**GREEDY))
+    counted = Counter(token for samples in expected for text in samples for token in text)
+    needed = [token for token, _ in counted.most_common()]
+    others = [token for token in range(VOCAB) if token not in counted]
+    draft = Path(shutil.copytree(model, tmp_path / "draft"))
+    for missing in (0, 1):  # the control: without the most frequent one it is not
+        kept = [*needed[missing:], *others[: max(0, 100 - len(needed))]]
+        assert len(kept) < VOCAB
+        save(draft / FILE, kept)
+        engine = make_engine(model, {**LARGE, "model": str(draft), "sources": []})
+        try:
+            made, counts = watched(engine, requests, GREEDY)
+            state = engine.collective_rpc("draft_state")[0]
+        finally:
+            shut(engine)
+        assert made == expected
+        assert state["vocab"] == len(kept)
+        assert counts["accepted"] > 5
+        assert (counts["inside"] > 0) == bool(missing)
 
 
 @pytest.mark.parametrize(

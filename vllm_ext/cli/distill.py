@@ -101,6 +101,7 @@ def shown(report: dict[str, Any]) -> list[str]:
     )
     cost = report["milliseconds_per_token"]
     size = report["parameters"]
+    vocab = report["draft_vocab"]
     return [
         "| | before | after [95%] |",
         "|---|---|---|",
@@ -110,9 +111,11 @@ def shown(report: dict[str, Any]) -> list[str]:
             for title, part, key in rows
         ),
         "",
-        f"forward pass of one token in torch: draft {cost['draft']:.1f} ms "
-        f"({size['draft'] / 1e6:.0f}M parameters), target {cost['target']:.1f} ms "
-        f"({size['target'] / 1e6:.0f}M)",
+        f"drafted are {vocab['tokens']} of {vocab['of']} tokens: {_percent(vocab, 'greedy')} of "
+        f"the greedy answers and {_percent(vocab, 't1')} of those at T=1 are written in them",
+        f"forward pass of one token in torch: draft {cost['draft_of_its_vocabulary']:.1f} ms, "
+        f"with logits of all tokens {cost['draft']:.1f} ms ({size['draft'] / 1e6:.0f}M "
+        f"parameters), target {cost['target']:.1f} ms ({size['target'] / 1e6:.0f}M)",
     ]
 
 
@@ -121,3 +124,8 @@ def _number(found: dict[str, float | None], *, interval: bool) -> str:
         return "answers too short"
     text = f"{found['mean']:.3f}"
     return f"{text} [{found['low']:.3f}, {found['high']:.3f}]" if interval else text
+
+
+def _percent(vocab: dict[str, Any], part: str) -> str:
+    mean = vocab["covered"][part]["mean"]
+    return "(answers too short)" if mean is None else f"{100 * mean:.1f}%"

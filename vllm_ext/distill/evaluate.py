@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_ext.distill.student import head_logits
 from vllm_ext.distill.teacher import Answer, write
@@ -141,6 +141,12 @@ def summary(greedy: Sequence[Agreement], sampled: Sequence[Agreement]) -> dict[s
     }
 
 
+def covered(texts: Sequence[Text], tokens: Sequence[int]) -> dict[str, Any]:
+    """Share of the answers' tokens that are among `tokens`, with its interval."""
+    kept = set(tokens)
+    return _mean([np.array([t in kept for t in text.answer], np.float64) for text in texts])
+
+
 def replayed(same: Floats) -> Floats:
     """Accepted tokens of each step of greedy decoding with a chain of `CHAIN` drafted tokens.
 
@@ -170,21 +176,32 @@ def expected(ratio: Floats, overlap: Floats) -> Floats:
 
 
 @torch.inference_mode()
-def milliseconds(model: Any, context: int = 128, repeats: int = 15) -> float:
+def milliseconds(
+    model: Any, tokens: Sequence[int] | None = None, context: int = 128, repeats: int = 15
+) -> float:
     """Least time of a forward pass over one token after `context` others, to its logits.
 
     The least, since whatever else runs on the machine only adds to it.
+
+    Args:
+        model: the model.
+        tokens: those whose logits are computed, if not all.
+        context: tokens before it.
+        repeats: how often it is timed.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    tokens = torch.zeros((1, context), dtype=torch.int64, device=model.device)
-    model.model(tokens, past_key_values=cache)
+    read = torch.zeros((1, context), dtype=torch.int64, device=model.device)
+    model.model(read, past_key_values=cache)
+    weight = model.get_output_embeddings().weight
+    if tokens is not None:
+        weight = weight[torch.tensor(tokens, device=weight.device)]
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        hidden = model.model(tokens[:, :1], past_key_values=cache).last_hidden_state
-        head_logits(model, hidden).argmax(-1).item()
+        hidden = model.model(read[:, :1], past_key_values=cache).last_hidden_state
+        nn.functional.linear(hidden, weight).argmax(-1).item()
         times.append(time.perf_counter() - begin)
     return 1e3 * min(times)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from vllm_ext import draft_vocab
 from vllm_ext.cli.environment import describe
 from vllm_ext.cli.progress import progress, whole_seconds
-from vllm_ext.distill import data, evaluate
+from vllm_ext.distill import data, evaluate, vocab
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.student import (
     load_target,
@@ -187,6 +188,10 @@ class _Distilling:
         trained = self._train(student, budget)
         dtype = stored_dtype(self._job.target)
         save_student(student, self._job.target, self._job.out, dtype)
+        kept = vocab.frequent(
+            data.load(self._space.hidden / "data"), student.config.vocab_size, self._ends
+        )
+        draft_vocab.save(self._job.out / draft_vocab.FILE, kept)
         # What is judged is what was written, rounded to the stored dtype.
         student = load_target(self._job.out, self._target.device)
         report = {
@@ -202,10 +207,19 @@ class _Distilling:
             "training": {**asdict(trained), "budget_seconds": budget},
             "before": before,
             "after": self._judged(student, texts),
+            "draft_vocab": {
+                "tokens": len(kept),
+                "of": student.config.vocab_size,
+                "covered": {
+                    name: evaluate.covered([evaluate.Text(**t) for t in texts[name]], kept)
+                    for name in ("greedy", "t1")
+                },
+            },
             "parameters": {"target": _size(self._target), "draft": _size(student)},
             "milliseconds_per_token": {
                 "target": evaluate.milliseconds(self._target),
                 "draft": evaluate.milliseconds(student),
+                "draft_of_its_vocabulary": evaluate.milliseconds(student, kept),
             },
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -22,18 +22,22 @@ from numpy.typing import NDArray
 from vllm.compilation.backends import set_model_tag
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from proposers.tree import TokenTree
-from vllm_ext.draft_config import check_memory, draft_model_config
+from vllm_ext.draft_config import check_memory, draft_model_config, draft_vocab
 from vllm_ext.identity import local_folder
 from vllm_ext.methods import OptionError
 from vllm_ext.worker.beside import own_context, reentrant_layers, why_not_reentrant
+from vllm_ext.worker.narrow_head import Logits, NarrowError, narrow
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, TreeRows
 from vllm_ext.worker.trace import Trace
+
+logger = init_logger("vllm.vllm_ext")
 
 PREFIX = "draft_model"
 _ROUNDS = 3
@@ -74,7 +78,8 @@ class DraftModel:
 
     Attributes:
         layers: names of its attention layers.
-        vocab_size: of its output layer.
+        vocab_size: tokens that it reads.
+        drafted_vocab: tokens that it drafts.
         max_model_len: longest text that it can read.
         seconds: spent in passes so far, but for those beside the target's.
         failed: whether a pass has raised an error.
@@ -99,12 +104,26 @@ class DraftModel:
         before = set(context)
         with set_model_tag(PREFIX), reentrant_layers() if beside else nullcontext():
             self._model = get_model(vllm_config=self._config, prefix=PREFIX)
+            self._vocab, self._logits = self._output(draft_vocab(options, config, folder))
         self.layers = sorted(set(context) - before)
         self.vocab_size = int(config.get_vocab_size())
+        self.drafted_vocab = self.vocab_size if self._vocab is None else len(self._vocab)
         self.max_model_len = int(config.max_model_len)
         self.seconds = 0.0
         self.failed = False
         self.trace = Trace(None)
+
+    def _output(self, tokens: Sequence[int] | None) -> tuple[NDArray[np.int64] | None, Logits]:
+        """The ids that it drafts (``None``: all) and how their logits are computed."""
+        config = self._config.model_config
+        if tokens is not None:
+            try:
+                ids = torch.tensor(tokens, device=self._runner.device)
+                logits = narrow(self._model, ids, config.get_hidden_size(), config.dtype)
+                return np.array(tokens, np.int64), logits
+            except NarrowError as error:
+                logger.warning("vllm-ext: the draft model drafts of all tokens: %s", error)
+        return None, self._model.compute_logits
 
     def bind(self) -> None:
         """Find its part of the KV cache, once that is allocated.
@@ -294,11 +313,12 @@ class DraftModel:
     def _top(
         self, hidden: torch.Tensor, width: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        logits = self._model.compute_logits(hidden)
+        logits = self._logits(hidden)
         # The output layer may be padded beyond the target's vocabulary.
         vocab = min(logits.shape[1], self._runner.model_config.get_vocab_size())
-        ids, probs = top_candidates(logits[:, :vocab], min(width, vocab))
-        return ids.cpu().numpy(), probs.cpu().numpy()
+        found, probs = top_candidates(logits[:, :vocab], min(width, vocab))
+        ids = found.cpu().numpy()
+        return ids if self._vocab is None else self._vocab[ids], probs.cpu().numpy()
 
 
 _NOTHING = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)

@@ -69,9 +69,10 @@ class DraftModelMixin:
         )
         curve = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in measured)
         logger.info(
-            "vllm-ext: draft model %s, %d layers; a pass in ms by rows: %s",
+            "vllm-ext: draft model %s, %d layers, drafts of %d tokens; a pass in ms by rows: %s",
             self._options.model,
             len(model.layers),
+            model.drafted_vocab,
             curve,
         )
 

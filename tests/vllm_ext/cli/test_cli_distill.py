@@ -35,7 +35,16 @@ def report() -> dict[str, Any]:
         "before": found,
         "after": found,
         "settings": {"layers": 1},
-        "milliseconds_per_token": {"target": 50.0, "draft": 12.5},
+        "draft_vocab": {
+            "tokens": 64,
+            "of": 259,
+            "covered": {"greedy": mean(0.987), "t1": mean(None)},
+        },
+        "milliseconds_per_token": {
+            "target": 50.0,
+            "draft": 12.5,
+            "draft_of_its_vocabulary": 7.5,
+        },
         "parameters": {"target": 134e6, "draft": 42e6},
     }
 
@@ -70,7 +79,9 @@ def test_the_table() -> None:
     text = "\n".join(shown(report()))
     assert "| greedy: same best token | 0.500 | 0.500 [0.500, 0.500] |" in text
     assert "answers too short" in text
-    assert "draft 12.5 ms (42M parameters), target 50.0 ms (134M)" in text
+    assert "64 of 259 tokens: 98.7% of the greedy answers and (answers too short) of" in text
+    assert "draft 7.5 ms, with logits of all tokens 12.5 ms (42M parameters)" in text
+    assert "target 50.0 ms (134M)" in text
 
 
 def test_default_layers() -> None:

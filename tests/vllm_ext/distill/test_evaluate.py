@@ -13,6 +13,7 @@ from vllm_ext.distill.evaluate import (
     Text,
     answers,
     compare,
+    covered,
     expected,
     milliseconds,
     replayed,
@@ -107,3 +108,10 @@ def test_answers_too_short_for_a_chain() -> None:
 
 def test_milliseconds(target: Any) -> None:
     assert milliseconds(target, context=4, repeats=2) > 0
+    assert milliseconds(target, [3, 4, 5], context=4, repeats=2) > 0
+
+
+def test_covered() -> None:
+    texts = [Text([1, 1], [5, 6, 7]), Text([2], [8])]
+    assert covered(texts, [5, 6, 7, 1])["mean"] == 0.75
+    assert covered(texts, [2])["mean"] == 0.0

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.vllm_ext.engine import make_tiny_model
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.run import Job, Plan, distill, layers_of
+from vllm_ext.draft_vocab import FILE, LEAST, load
 from vllm_ext.identity import tokenizer_hash
 
 # The clock of these tests ticks a second per call.
@@ -82,13 +83,16 @@ def test_a_draft_is_made(job: Job) -> None:
     assert report == json.loads((job.out / "distill.json").read_text())
     assert {path.name for path in job.out.iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "chat_template.jinja", "distill.json",
+        "generation_config.json", "chat_template.jinja", "distill.json", "draft_vocab.json",
     }  # fmt: skip
     assert not (job.out / ".distill").exists()
     assert tokenizer_hash(job.out) == tokenizer_hash(job.target)
     assert layers_of(job.out) == 2
     assert report["settings"]["taken_layers"] == [0, 2]
     assert report["after"]["t1"]["kl"]["mean"] < report["before"]["t1"]["kl"]["mean"]
+    kept = load(job.out / FILE, report["draft_vocab"]["of"])
+    assert report["draft_vocab"]["tokens"] == len(kept) == LEAST
+    assert 0 < report["draft_vocab"]["covered"]["greedy"]["mean"] <= 1
     # 40.5 of 90 seconds are for writing, one batch at a time.
     assert abs(report["data"]["seconds"] - 40.5) < PLAN.length
     assert report["training"]["seconds"] >= report["training"]["budget_seconds"] > 0
