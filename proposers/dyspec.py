@@ -137,6 +137,13 @@ class Growth:
                 path.append(node)
         return TokenTree.chain([self.tokens[n] for n in path], [self.probs[n] for n in path])
 
+    def members(self, tree: TokenTree) -> set[int]:
+        """The nodes that `tree` has, which was made of this growth."""
+        at = {ROOT: ROOT}
+        for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True)):
+            at[node] = self.children[at[parent], token]
+        return set(at.values()) - {ROOT}
+
     def tree(self, n: int) -> TokenTree:
         """The first `n` nodes."""
         return TokenTree(tuple(self.tokens[:n]), tuple(self.parents[:n]), tuple(self.probs[:n]))

@@ -214,12 +214,13 @@ class Layerwise(DySpec):
         rows = sum(map(len, trees))
         tokens = base_tokens + sum(sum(tree.probs) for tree in trees)
         best = tokens / (latency[rows] + self.spent)
+        members = [growth.members(tree) for growth, tree in zip(growths, trees, strict=True)]
         level: list[tuple[float, int, int]] = []
         width = 0
         for value, index, node in self._open(growths):
             growth = growths[index]
             level.append((value, index, node))
-            if node >= len(trees[index]):  # not in the tree yet
+            if node not in members[index]:
                 tokens += value
                 rows += 1
             hoped = self._kept[growth.greedy] * value

@@ -135,6 +135,17 @@ def test_a_tree_branches_where_that_pays_for_its_attention(table_source) -> None
     assert tokens_per_second(blind, _DearBranches(0.02)) < 0.9 * rates[-1]
 
 
+def test_the_members_of_a_tree_among_what_was_grown() -> None:
+    growth = Growth([0], greedy=True, chain=False, limit=8)
+    first = growth.add(-1, 5, 0.6)
+    other = growth.add(-1, 6, 0.3)
+    below = growth.add(first, 5, 0.2)
+    growth.add(other, 5, 0.1)
+    assert growth.members(growth.tree(3)) == {first, other, below}
+    assert growth.members(growth.best_path()) == {first, below}
+    assert growth.members(growth.tree(0)) == set()
+
+
 @settings(deadline=None)
 @given(tables, st.integers(0, 3), st.integers(1, 8))
 def test_chain_mode_follows_the_best_child(
