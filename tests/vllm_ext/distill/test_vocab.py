@@ -7,7 +7,7 @@ from vllm_ext.distill.teacher import Labelled
 from vllm_ext.distill.vocab import SHARE, frequent
 from vllm_ext.draft_vocab import LEAST
 
-VOCAB = 600
+VOCAB = 400
 
 
 def labelled(ids: list[list[int]], probs: list[list[float]]) -> Labelled:
@@ -20,18 +20,18 @@ def labelled(ids: list[list[int]], probs: list[list[float]]) -> Labelled:
 
 
 def test_the_likely_tokens_the_ends_and_then_the_lowest() -> None:
-    data = labelled([[500, 400], [400, 300]], [[0.5, 0.25], [0.75, 0.125]])
-    kept = frequent(data, VOCAB, [599])
+    data = labelled([[350, 340], [340, 330]], [[0.5, 0.25], [0.75, 0.125]])
+    kept = frequent(data, VOCAB, [399])
     assert len(kept) == VOCAB // SHARE
-    assert kept == [*range(96), 300, 400, 500, 599]
+    assert kept == [*range(96), 330, 340, 350, 399]
 
 
 def test_mass_counts_and_not_how_often_a_token_is_listed() -> None:
-    many = [[200 + i] for i in range(98)] + [[450]] * 3 + [[451]]
+    many = [[200 + i] for i in range(98)] + [[350]] * 3 + [[351]]
     probs = [[0.5]] * 98 + [[0.125]] * 3 + [[0.5]]
     kept = frequent(labelled(many, probs), VOCAB, [0])
-    assert 451 in kept
-    assert 450 not in kept
+    assert 351 in kept
+    assert 350 not in kept
 
 
 def test_a_small_vocabulary_is_kept_whole() -> None:
