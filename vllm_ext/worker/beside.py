@@ -6,14 +6,16 @@ Three things in vLLM's CPU engine are made for one pass at a time:
 * the forward context is a global. While a thread drafts, a `PerThreadContext` stands in its place;
 * the kernels of linear layers (oneDNN) and of attention share one scratchpad and one cache of
   primitives in the whole process, so two threads in them would corrupt each other's results. A
-  draft model that is loaded under `reentrant_layers` multiplies by torch instead, and its rows go
-  to this package's tree attention, which is torch as well;
+  draft model that is loaded under `reentrant_layers` multiplies by torch instead (whose oneDNN is
+  another), with weights that `lay_out` has laid out for it, and its rows go to this package's tree
+  attention;
 * threads are bound to the target's cores. The drafting thread is bound to another one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +31,9 @@ from vllm.forward_context import (
     override_forward_context,
 )
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+logger = logging.getLogger("vllm.vllm_ext")
 
 T = TypeVar("T")
 
@@ -88,6 +93,41 @@ def reentrant_layers() -> Iterator[None]:
         yield
     finally:
         _custom_ops._supports_onednn = before
+
+
+def lay_out(model: torch.nn.Module) -> None:
+    """Lay the weights of layers that multiply by torch out once, not anew in every product.
+
+    That is what torch's compiler does with weights that do not change. Layers that it has no
+    product for, and those that vLLM gave a kernel of its own, stay as they are.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        plain = isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+        if plain and hasattr(module, "cpu_linear") and getattr(module, "weight", None) is not None:
+            _lay_out(module)
+
+
+def _lay_out(layer: Any) -> None:
+    weight = layer.weight.detach()
+    if weight.ndim != 2 or not weight.numel():  # the latter: vLLM has packed it
+        return
+    try:
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+        def product(x: torch.Tensor, _: Any, bias: torch.Tensor | None) -> torch.Tensor:
+            found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, laid_out, bias, "none", [], ""
+            )
+            return found
+
+        x = torch.linspace(-1, 1, weight.shape[1]).to(weight.dtype).expand(2, -1).contiguous()
+        bias = getattr(layer, "bias", None)
+        wanted = torch.nn.functional.linear(x, weight, bias)
+        if torch.allclose(product(x, None, bias), wanted, rtol=1e-2, atol=1e-2):
+            layer.cpu_linear = product
+    except (RuntimeError, AttributeError) as error:
+        logger.debug("vllm-ext: %s multiplies weights as they are: %s", type(layer).__name__, error)
 
 
 def why_not_reentrant(model: torch.nn.Module) -> str | None:

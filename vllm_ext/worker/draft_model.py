@@ -10,7 +10,7 @@ with attention metadata from vLLM's builders.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from proposers.tree import TokenTree
 from vllm_ext.draft_config import check_memory, draft_model_config, draft_vocab
 from vllm_ext.identity import local_folder
 from vllm_ext.methods import OptionError
-from vllm_ext.worker.beside import own_context, reentrant_layers, why_not_reentrant
+from vllm_ext.worker.beside import lay_out, own_context, reentrant_layers, why_not_reentrant
 from vllm_ext.worker.narrow_head import Logits, NarrowError, narrow
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, TreeRows
@@ -104,7 +104,10 @@ class DraftModel:
         before = set(context)
         with set_model_tag(PREFIX), reentrant_layers() if beside else nullcontext():
             self._model = get_model(vllm_config=self._config, prefix=PREFIX)
-            self._vocab, self._logits = self._output(draft_vocab(options, config, folder))
+            prepare = lay_out if beside else lambda layer: None
+            prepare(self._model)
+            tokens = draft_vocab(options, config, folder)
+            self._vocab, self._logits = self._output(tokens, prepare)
         self.layers = sorted(set(context) - before)
         self.vocab_size = int(config.get_vocab_size())
         self.drafted_vocab = self.vocab_size if self._vocab is None else len(self._vocab)
@@ -113,13 +116,16 @@ class DraftModel:
         self.failed = False
         self.trace = Trace(None)
 
-    def _output(self, tokens: Sequence[int] | None) -> tuple[NDArray[np.int64] | None, Logits]:
+    def _output(
+        self, tokens: Sequence[int] | None, prepare: Callable[[torch.nn.Module], None]
+    ) -> tuple[NDArray[np.int64] | None, Logits]:
         """The ids that it drafts (``None``: all) and how their logits are computed."""
         config = self._config.model_config
         if tokens is not None:
             try:
                 ids = torch.tensor(tokens, device=self._runner.device)
-                logits = narrow(self._model, ids, config.get_hidden_size(), config.dtype)
+                width = config.get_hidden_size()
+                logits = narrow(self._model, ids, width, config.dtype, prepare)
                 return np.array(tokens, np.int64), logits
             except NarrowError as error:
                 logger.warning("vllm-ext: the draft model drafts of all tokens: %s", error)

@@ -27,7 +27,13 @@ class NarrowError(RuntimeError):
 
 
 @torch.inference_mode()
-def narrow(model: Any, tokens: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> Logits:
+def narrow(
+    model: Any,
+    tokens: torch.Tensor,
+    hidden_size: int,
+    dtype: torch.dtype,
+    prepare: Callable[[torch.nn.Module], None] = lambda layer: None,
+) -> Logits:
     """Logits of some tokens.
 
     Args:
@@ -35,6 +41,7 @@ def narrow(model: Any, tokens: torch.Tensor, hidden_size: int, dtype: torch.dtyp
         tokens: ids, int64 [n], on the model's device.
         hidden_size: of its final hidden states.
         dtype: of them.
+        prepare: called with the narrowed layer.
 
     Raises:
         NarrowError: its logits come about in another way, or are others.
@@ -59,6 +66,7 @@ def narrow(model: Any, tokens: torch.Tensor, hidden_size: int, dtype: torch.dtyp
     if kwargs or len(args) != 2:
         raise NarrowError("it gives its logits processor more than a layer and hidden states")
     layer = _rows(args[0], tokens)
+    prepare(layer)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = processor(layer, hidden)

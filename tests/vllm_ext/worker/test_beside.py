@@ -152,3 +152,40 @@ def test_models_that_share_buffers_are_refused(monkeypatch: pytest.MonkeyPatch) 
     foreign = torch.nn.Module()
     foreign.impl = object()
     assert "attends by object" in str(why(foreign))
+
+
+class _Layer(torch.nn.Module):
+    """As vLLM leaves a linear layer whose product is torch's."""
+
+    def __init__(self, weight: torch.Tensor, method: Any, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.ones(len(weight)).to(weight)) if bias else None
+        self.quant_method = method
+        self.cpu_linear: Any = torch.nn.functional.linear
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_laid_out_once(dtype: torch.dtype) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((48, 32), generator=generator).to(dtype)
+    method = UnquantizedLinearMethod()
+    layers = [
+        _Layer(weight, method),
+        _Layer(weight, UnquantizedEmbeddingMethod(), bias=True),
+        _Layer(torch.empty(0, dtype=dtype), method),  # vLLM has packed it
+        _Layer(weight, None),
+    ]
+    beside.lay_out(torch.nn.ModuleList(layers))
+    changed = [layer.cpu_linear is not torch.nn.functional.linear for layer in layers]
+    assert changed == [True, True, False, False]
+    for rows in (1, 5):
+        x = torch.randn((rows, 32), generator=generator).to(dtype)
+        for layer in layers[:2]:
+            found = layer.cpu_linear(x, layer.weight, layer.bias)
+            wanted = torch.nn.functional.linear(x, weight, layer.bias)
+            torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
