@@ -14,7 +14,8 @@ that of a pass over m nodes, the m most valuable open nodes are asked about for 
     (base_tokens + S + h * (v_1 + ... + v_m)) / (c(base_rows + n + m) + t + d(m))
 
 where h, learned online, is the share of a node's value that its best child keeps. m = 0 ends the
-growth. Whether the model is asked at all is decided by a `Gate` over what it added lately.
+growth. Whether the model is asked at all is decided by a `Gate` over what it added lately; while
+that is closed a trial asks about few requests, and the others are taken to fare alike.
 
 The nodes are named, not drawn, so nothing here can bend the target's law.
 """
@@ -35,6 +36,9 @@ from proposers.tree import ROOT, TokenTree
 
 _KEPT_AT_FIRST = 0.7
 _KEPT_RATE = 0.1
+
+_TRIAL_DEBT = 64
+"""Most tokens that a trial reads: a model that does not pay must not read every prompt for that."""
 
 
 class _Contexts:
@@ -136,6 +140,7 @@ class Layerwise(DySpec):
         self._free = free
         self.gate: Gate | None = None if free else Gate(patience=RARELY)
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
+        self._passes: list[int] = []  # rows of each pass of this step
 
     def grow(
         self,
@@ -168,11 +173,14 @@ class Layerwise(DySpec):
 
         growths, trees = grown()
         wanted = [draftee.request for draftee in draftees if draftee.limit]
+        trial = self.gate is not None and not self.gate.is_open
         if not wanted or (self.gate is not None and not self.gate.wants_draft(base_rows)):
             return trees
-        before = cost.gain(base_rows, trees)
-        self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in wanted))
-        roots = self._predictor.begin(wanted)
+        asked = self._cheapest(wanted) if trial else wanted
+        without = trees
+        self._passes = []
+        self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
+        roots = self._predictor.begin(asked, trial=trial)
         for draftee, context in zip(draftees, contexts, strict=True):
             if draftee.request in roots:
                 context.tell(ROOT, roots[draftee.request])
@@ -190,9 +198,30 @@ class Layerwise(DySpec):
         else:
             growths, trees = grown()
         if self.gate is not None:
-            after = cost.gain(base_rows, trees, self.spent)
+            chosen = [i for i, draftee in enumerate(draftees) if draftee.request in set(asked)]
+            spent = self._spent_on(len(wanted) / len(asked))
+            before = cost.gain(base_rows, _as_if(without, chosen))
+            after = cost.gain(base_rows, _as_if(trees, chosen), spent)
             self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows)
         return trees
+
+    def _cheapest(self, wanted: Sequence[str]) -> list[str]:
+        """The requests that a trial asks about: those with little to read, at least one."""
+        chosen: list[str] = []
+        reading = 0
+        for request in sorted(wanted, key=self._predictor.debt):
+            reading += self._predictor.debt(request)
+            if chosen and reading > _TRIAL_DEBT:
+                break
+            chosen.append(request)
+        return chosen
+
+    def _spent_on(self, share: float) -> float:
+        """Seconds, had so many times the requests been asked about."""
+        if share == 1.0:
+            return self.spent
+        passes = sum(self._predictor.seconds(round(rows * share)) for rows in self._passes)
+        return passes + self._predictor.slowdown()
 
     def _begin(self, draftee: Draftee, contexts: _Contexts) -> _Growth:
         growth = _Growth(draftee, contexts, self._bias(draftee.request))
@@ -202,6 +231,7 @@ class Layerwise(DySpec):
     def _charge(self, rows: int) -> None:
         if not self._free and rows:
             self.spent += self._predictor.seconds(rows)
+            self._passes.append(rows)
 
     def _level(
         self,
@@ -280,3 +310,8 @@ class Layerwise(DySpec):
         for greedy, (children, parents) in kept.items():
             if parents > 0.0:
                 self._kept[greedy] += _KEPT_RATE * (children / parents - self._kept[greedy])
+
+
+def _as_if(trees: Sequence[TokenTree], chosen: Sequence[int]) -> list[TokenTree]:
+    """The trees of a batch where all requests fared like those chosen, one after the other."""
+    return [trees[chosen[i % len(chosen)]] for i in range(len(trees))]

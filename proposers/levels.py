@@ -39,10 +39,14 @@ class LevelNode:
 class LevelPredictor(Protocol):
     """Predicts the successors of many nodes in one pass."""
 
-    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+    def begin(self, requests: Sequence[str], *, trial: bool = False) -> dict[str, Candidates]:
         """Read what the requests committed since they were last read, and predict what follows.
 
         Nodes of earlier steps are forgotten.
+
+        Args:
+            requests: the ones that are asked about.
+            trial: whether the model is only tried, so that nothing else is worth reading.
 
         Returns:
             The candidates after each request's last committed token, at temperature 1; a request

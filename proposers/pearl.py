@@ -221,7 +221,7 @@ class Pearl:
 
     # -- LevelPredictor ---------------------------------------------------------------------------
 
-    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+    def begin(self, requests: Sequence[str], *, trial: bool = False) -> dict[str, Candidates]:
         """See `LevelPredictor.begin`; requests whose proposals were wrong are left out."""
         self._wanted = list(requests)
         self._inline = {request for request in requests if self._in_line(request)}
@@ -233,7 +233,8 @@ class Pearl:
                 answers[request] = ahead.found[1]
                 self._places[request] = {ROOT: 0}
         if self._inline:
-            answers.update(self._predictor.begin([r for r in requests if r in self._inline]))
+            inline = [request for request in requests if request in self._inline]
+            answers.update(self._predictor.begin(inline, trial=trial))
         return answers
 
     def debt(self, request: str) -> int:

@@ -41,16 +41,19 @@ class Model:
         self.begun = 0
         self.flatness = 0.3
         self.slower = 0.0
+        self.debts: dict[str, int] = {}
+        self.asked: list[tuple[list[str], bool]] = []
         self._texts: dict[str, dict[int, tuple[object, ...]]] = {}
 
-    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+    def begin(self, requests: Sequence[str], *, trial: bool = False) -> dict[str, Candidates]:
         self.begun += 1
+        self.asked.append((list(requests), trial))
         self.passes = []
         self._texts = {r: {ROOT: (r,)} for r in requests if r not in self.deaf}
         return {r: law(texts[ROOT], self.flatness) for r, texts in self._texts.items()}
 
     def debt(self, request: str) -> int:
-        return 1
+        return self.debts.get(request, 1)
 
     def room(self, request: str) -> int:
         return self.rooms - len(self._texts[request]) + 1
@@ -192,6 +195,36 @@ def test_a_model_that_never_pays_is_asked_rarely_and_one_that_pays_always() -> N
         asked[seconds] = model.begun
     assert asked[0.0002] == 400
     assert asked[10.0] < 60  # some tens until the gate closes, then ever more rarely
+
+
+def test_a_trial_reads_little_and_speaks_for_all() -> None:
+    """A closed gate asks about the requests with least to read, and opens when the model pays."""
+    model = Model(0.1)  # seconds: never pays
+    grower = Layerwise(model, [], options(max_batch_nodes=32))
+    draftees = [draftee(name) for name in "abcd"]
+    model.debts = {name: 30 + 100 * (name > "b") for name in "abcd"}
+    for _ in range(80):
+        grow(grower, *draftees, cost=STEEP)
+    assert grower.gate is not None
+    assert not grower.gate.is_open
+    assert model.asked[0] == (list("abcd"), False)
+    trials = [asked for asked, trial in model.asked if trial]
+    assert trials
+    assert all(asked == ["a", "b"] for asked in trials)
+    model.pass_seconds, model.flatness = 1e-6, 0.05  # from now on it does
+    for _ in range(600):
+        grow(grower, *draftees, cost=STEEP)
+    assert grower.gate.is_open
+    assert model.asked[-1] == (list("abcd"), False)
+
+
+def test_a_trial_of_one_long_text_reads_it() -> None:
+    model = Model(10.0)
+    grower = Layerwise(model, [], options())
+    model.debts = {"a": 500, "b": 400}
+    for _ in range(80):
+        grow(grower, draftee("a"), draftee("b"), cost=STEEP)
+    assert ["b"] in [asked for asked, trial in model.asked if trial]
 
 
 def test_what_was_spent_is_told_and_counts() -> None:

@@ -60,7 +60,7 @@ class Model:
         self.assumed = {}
         self.kept = dict(kept)
 
-    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+    def begin(self, requests: Sequence[str], *, trial: bool = False) -> dict[str, Candidates]:
         self.passes += 1
         self.nodes = {}
         for request in requests:

@@ -10,6 +10,7 @@ nodes that lie where the text has them are not read again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -32,6 +33,8 @@ TopRow: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 _MOST_NODES = 127  # rows of a tree that the kernels take, less the root
 _NEGLIGIBLE = 1e-4
+_BETWEEN_RATE = 0.05
+_LONGEST_BETWEEN = 0.02  # a longer pause is not growth
 _TIMED = 64  # rows; the cost of a prompt says nothing about that of a level
 
 
@@ -81,6 +84,7 @@ class DraftPredictor:
 
     Attributes:
         prompts: unfinished prompts that `begin` reads along, with their computed tokens.
+        around: seconds so far of what goes on around passes, by expectation: growth of trees.
     """
 
     def __init__(
@@ -95,6 +99,9 @@ class DraftPredictor:
         self._texts: dict[str, _Text] = {}
         self._assumed: dict[str, tuple[int, Sequence[int]]] = {}  # committed length, path
         self.ledger = DraftLedger(model.table.block_size)
+        self._ended = 0.0  # the latest pass
+        self._between = 0.0  # seconds
+        self.around = 0.0
         self.prompts: Mapping[str, int] = {}
         self._beside = False
 
@@ -122,15 +129,19 @@ class DraftPredictor:
                 text.drafted = []
         self._assumed = {}
 
-    def begin(self, requests: Sequence[str]) -> dict[str, Candidates]:
+    def begin(self, requests: Sequence[str], *, trial: bool = False) -> dict[str, Candidates]:
         """See `LevelPredictor.begin`."""
-        return {r: _candidates(found) for r, found in self.begin_rows(requests, WIDTH).items()}
+        found = self.begin_rows(requests, WIDTH, trial=trial)
+        return {request: _candidates(row) for request, row in found.items()}
 
-    def begin_rows(self, requests: Sequence[str], width: int) -> dict[str, TopRow]:
+    def begin_rows(
+        self, requests: Sequence[str], width: int, *, trial: bool = False
+    ) -> dict[str, TopRow]:
         """As `begin`, with the `width` most probable tokens, likeliest first."""
         wanted = [request for request in requests if self._usable(request, None)]
         reading = [(request, *self._text(request)) for request in wanted]
-        for request, computed in () if self._beside else self.prompts.items():
+        along: Mapping[str, int] = {} if self._beside or trial else self.prompts
+        for request, computed in along.items():
             if self._usable(request, computed):
                 row, tokens = self._text(request)
                 reading.append((request, row, tokens[:computed]))
@@ -191,12 +202,13 @@ class DraftPredictor:
             part, answered = self._level(request, asked)
             parts.append(part)
             order.extend((request, node) for node in answered)
+        self._note_between()
         found = dict(zip(order, zip(*self._run(parts, width), strict=True), strict=True))
         return [found.get((node.request, node.node)) for node in nodes]
 
     def seconds(self, rows: int) -> float:
-        """See `LevelPredictor.seconds`."""
-        return self._cost.seconds(rows)
+        """See `LevelPredictor.seconds`: of a pass, and of the growth that its answers cause."""
+        return self._cost.seconds(rows) + self._between
 
     def slowdown(self) -> float:
         """See `LevelPredictor.slowdown`: passes are in line."""
@@ -272,9 +284,18 @@ class DraftPredictor:
         before = self._model.seconds
         found = self._model.run(parts, width, beside=self._beside)
         rows = sum(len(part.tokens) for part in parts)
-        if rows <= _TIMED and not self._beside:
-            self._cost.record(rows, self._model.seconds - before)
+        if not self._beside:
+            if rows <= _TIMED:
+                self._cost.record(rows, self._model.seconds - before)
+            self.around += self._between
+            self._ended = time.perf_counter()
         return found
+
+    def _note_between(self) -> None:
+        """Take the time since the latest pass for what goes on around one."""
+        if not self._beside:
+            seconds = time.perf_counter() - self._ended
+            self._between += _BETWEEN_RATE * (min(seconds, _LONGEST_BETWEEN) - self._between)
 
     def _text(self, request: str) -> tuple[int, NDArray[np.int32]]:
         """A request's row in the batch, its committed tokens and those assumed to follow."""

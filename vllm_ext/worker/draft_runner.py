@@ -99,12 +99,13 @@ class DraftModelMixin:
         setattr(metadata, STEP_ATTRIBUTE, step.attention)
 
     def draft_model_seconds(self) -> float:
-        """Seconds spent in passes of the draft model since the last call."""
+        """Seconds spent in and around passes of the draft model since the last call."""
         if self._draft_model is None:
             return 0.0
-        since = self._draft_model.seconds - self._seconds
-        self._seconds = self._draft_model.seconds
-        return since
+        around = self._predictor.around if self._predictor is not None else 0.0
+        seconds = self._draft_model.seconds + around
+        since, self._seconds = seconds - self._seconds, seconds
+        return max(0.0, since)
 
     def drop_failed_draft_model(self) -> None:
         """Go on without a draft model whose pass has raised an error."""
