@@ -40,6 +40,9 @@ _KEPT_RATE = 0.1
 _TRIAL_DEBT = 64
 """Most tokens that a trial reads: a model that does not pay must not read every prompt for that."""
 
+_TRIAL_SHARE = 0.005
+"""Of the time for trials while the gate is closed. One that has to read a long prompt is rarer."""
+
 
 class _Contexts:
     """The contexts of one request and step that were asked about, each predicted once.
@@ -141,6 +144,7 @@ class Layerwise(DySpec):
         self.gate: Gate | None = None if free else Gate(patience=RARELY)
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
         self._passes: list[int] = []  # rows of each pass of this step
+        self._allowance = 0.0  # seconds that the next trial may take
 
     def grow(
         self,
@@ -174,9 +178,13 @@ class Layerwise(DySpec):
         growths, trees = grown()
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         trial = self.gate is not None and not self.gate.is_open
+        if trial:
+            self._allowance += _TRIAL_SHARE * cost.seconds(base_rows)
         if not wanted or (self.gate is not None and not self.gate.wants_draft(base_rows)):
             return trees
         asked = self._cheapest(wanted) if trial else wanted
+        if trial and not self._may_try(asked):
+            return trees
         without = trees
         self._passes = []
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
@@ -215,6 +223,14 @@ class Layerwise(DySpec):
                 break
             chosen.append(request)
         return chosen
+
+    def _may_try(self, asked: Sequence[str]) -> bool:
+        """Whether what trials may take of the time is enough for one, with all that it reads."""
+        price = self._predictor.seconds(sum(map(self._predictor.debt, asked)))
+        if price > self._allowance:
+            return False
+        self._allowance = 0.0
+        return True
 
     def _spent_on(self, share: float) -> float:
         """Seconds, had so many times the requests been asked about."""

@@ -199,12 +199,13 @@ def test_a_model_that_never_pays_is_asked_rarely_and_one_that_pays_always() -> N
 
 def test_a_trial_reads_little_and_speaks_for_all() -> None:
     """A closed gate asks about the requests with least to read, and opens when the model pays."""
-    model = Model(0.1)  # seconds: never pays
+    model = Model(10.0)  # seconds: never pays
     grower = Layerwise(model, [], options(max_batch_nodes=32))
     draftees = [draftee(name) for name in "abcd"]
     model.debts = {name: 30 + 100 * (name > "b") for name in "abcd"}
-    for _ in range(80):
+    for step in range(250):
         grow(grower, *draftees, cost=STEEP)
+        model.pass_seconds = 10.0 if step < 40 else 0.01  # so that a trial can be paid
     assert grower.gate is not None
     assert not grower.gate.is_open
     assert model.asked[0] == (list("abcd"), False)
@@ -218,13 +219,25 @@ def test_a_trial_reads_little_and_speaks_for_all() -> None:
     assert model.asked[-1] == (list("abcd"), False)
 
 
-def test_a_trial_of_one_long_text_reads_it() -> None:
-    model = Model(10.0)
-    grower = Layerwise(model, [], options())
-    model.debts = {"a": 500, "b": 400}
-    for _ in range(80):
-        grow(grower, draftee("a"), draftee("b"), cost=STEEP)
-    assert ["b"] in [asked for asked, trial in model.asked if trial]
+def test_trials_take_a_small_share_of_the_time() -> None:
+    """One that has to read long texts is rarer; it reads the shorter one."""
+    counts = {}
+    for debt in (1, 400):
+        model = Model(10.0)
+        grower = Layerwise(model, [], options())
+        model.debts = {"a": debt + 100, "b": debt}
+        for _ in range(40):
+            grow(grower, draftee("a"), draftee("b"), cost=STEEP)
+        assert grower.gate is not None
+        assert not grower.gate.is_open
+        model.asked, model.pass_seconds = [], 0.012
+        model.flatness = 5.0  # so that it does not pay either
+        for _ in range(1500):
+            grow(grower, draftee("a"), draftee("b"), cost=STEEP)
+        assert all(asked == ["b"] and trial for asked, trial in model.asked)
+        counts[debt] = len(model.asked)
+        assert (counts[debt] - 1) * model.seconds(debt) < 0.005 * 1500 * STEEP.seconds(2)
+    assert counts[1] > 2 * counts[400] > 0
 
 
 def test_what_was_spent_is_told_and_counts() -> None:
