@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vllm_ext.cli.environment import describe
@@ -80,17 +81,26 @@ def _overlap(spans: list[dict[str, Any]]) -> dict[str, Any]:
     """Milliseconds of each model, and of the draft model while the target ran."""
     target = [(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == "target"]
     draft = [(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == "draft"]
-    hidden = sum(
-        max(0.0, min(end, stop) - max(begin, start))
-        for begin, end in draft
-        for start, stop in target
-    )
+
+    def together(a: tuple[float, float], b: tuple[float, float]) -> float:
+        return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+
+    def middle(part: list[tuple[float, float]]) -> float | None:
+        return round(median(end - begin for begin, end in part) / 1e3, 1) if part else None
+
+    hidden = sum(together(one, other) for one in draft for other in target)
     drafting = sum(end - begin for begin, end in draft)
+    shared = [one for one in target if any(together(one, other) for other in draft)]
+    beside = [one for one in draft if any(together(one, other) for other in target)]
     return {
         "target_steps": len(target),
         "target_ms": round(sum(end - begin for begin, end in target) / 1e3, 1),
+        "target_ms_median_alone": middle([one for one in target if one not in shared]),
+        "target_ms_median_with_drafting_beside": middle(shared),
         "draft_passes": len(draft),
         "draft_ms": round(drafting / 1e3, 1),
+        "draft_ms_median_in_line": middle([one for one in draft if one not in beside]),
+        "draft_ms_median_beside": middle(beside),
         "draft_ms_beside_the_target": round(hidden / 1e3, 1),
         "share_hidden": round(hidden / drafting, 3) if drafting else None,
     }
