@@ -128,6 +128,9 @@ class Layerwise(DySpec):
         options: limits.
         free: whether passes cost nothing and the model is asked in every step, for engines that
             size their trees by the options alone.
+
+    Attributes:
+        gate: of the latest step, if there is any.
     """
 
     def __init__(
@@ -141,7 +144,10 @@ class Layerwise(DySpec):
         super().__init__(Mixture([ModelSource(), *sources]), options)
         self._predictor = predictor
         self._free = free
-        self.gate: Gate | None = None if free else Gate(patience=RARELY)
+        self.gate: Gate | None = None
+        # A batch of one may want the model and one of eight not: one gate for both would open at
+        # the end of each group, and let the next one read all its prompts before it closes.
+        self._gates: dict[int, Gate] = {}  # by the size of the batch, doubling
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
         self._passes: list[int] = []  # rows of each pass of this step
         self._allowance = 0.0  # seconds that the next trial may take
@@ -176,6 +182,8 @@ class Layerwise(DySpec):
             return growths, trees
 
         growths, trees = grown()
+        if not self._free:
+            self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         trial = self.gate is not None and not self.gate.is_open
         if trial:

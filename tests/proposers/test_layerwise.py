@@ -219,6 +219,27 @@ def test_a_trial_reads_little_and_speaks_for_all() -> None:
     assert model.asked[-1] == (list("abcd"), False)
 
 
+def test_batches_of_another_size_have_a_gate_of_their_own() -> None:
+    """What opens the gate for one request does not make many read their prompts."""
+    model = Model()
+    model.flatness = 0.05
+    grower = Layerwise(model, [], options(max_batch_nodes=32))
+    many = [draftee(name) for name in "abcdefgh"]
+    for _ in range(20):  # with many requests it never pays
+        model.pass_seconds = 10.0
+        grow(grower, *many, cost=STEEP)
+    for _ in range(20):  # with one it does
+        model.pass_seconds = 1e-6
+        grow(grower, draftee("a"), cost=STEEP)
+    assert grower.gate is not None
+    assert grower.gate.is_open
+    model.asked = []
+    model.pass_seconds = 10.0
+    for _ in range(5):
+        grow(grower, *many, cost=STEEP)
+    assert model.asked == []
+
+
 def test_trials_take_a_small_share_of_the_time() -> None:
     """One that has to read long texts is rarer; it reads the shorter one."""
     counts = {}
