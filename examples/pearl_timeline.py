@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=12, help="steps in the picture")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a picture")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,22 +112,28 @@ def _draw(spans: list[dict[str, Any]], args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    targets = [s for s in spans if s["name"] == "target"][-args.steps - 1 : -1]
-    begin = targets[0]["ts"]
-    end = targets[-1]["ts"] + targets[-1]["dur"]
-    figure, axes = plt.subplots(figsize=(10, 2.4))
-    for row, (name, colour) in enumerate((("draft", "tab:orange"), ("target", "tab:blue"))):
-        shown = [
-            ((s["ts"] - begin) / 1e3, s["dur"] / 1e3)
-            for s in spans
-            if s["name"] == name and begin <= s["ts"] < end
-        ]
-        axes.broken_barh(shown, (row - 0.35, 0.7), color=colour, edgecolor="white", linewidth=0.6)
-    axes.set_yticks([0, 1], ["draft model", "target"])
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"PEARL: {Path(args.draft).name} beside {Path(args.model).name}, {args.dtype}")
+    targets = [s for s in spans if s["name"] == "target"][:-1]
+    drafts = [s for s in spans if s["name"] == "draft"]
+    beside = [sum(t["ts"] <= d["ts"] < t["ts"] + t["dur"] for d in drafts) for t in targets]
+    # Where most was drafted beside the target, and the end, when it has learnt whether that pays.
+    last = max(0, len(targets) - args.steps)
+    most = max(range(last + 1), key=lambda first: sum(beside[first : first + args.steps]))
+    figure, panels = plt.subplots(2, 1, figsize=(10, 4.4))
+    for axes, first, name in ((panels[0], most, "most beside"), (panels[1], last, "the end")):
+        window = targets[first : first + args.steps]
+        begin, end = window[0]["ts"], window[-1]["ts"] + window[-1]["dur"]
+        for row, (part, colour) in enumerate(((drafts, "tab:orange"), (targets, "tab:blue"))):
+            shown = [
+                ((s["ts"] - begin) / 1e3, s["dur"] / 1e3) for s in part if begin <= s["ts"] < end
+            ]
+            axes.broken_barh(shown, (row - 0.35, 0.7), color=colour, edgecolor="white")
+        axes.set_yticks([0, 1], ["draft model", "target"])
+        axes.set_title(f"steps {first} to {first + len(window) - 1} ({name})", fontsize=9)
+    panels[1].set_xlabel("milliseconds")
+    names = Path(args.draft).name, Path(args.model).name
+    figure.suptitle(f"PEARL: {names[0]} beside {names[1]}, {args.dtype}")
     figure.tight_layout()
-    figure.savefig(args.out.with_suffix(".png"), dpi=150)
+    figure.savefig(args.out.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":
