@@ -48,6 +48,7 @@ class Gate:
 
     Attributes:
         is_open: whether drafts are used.
+        gain: the running mean g.
         switches: how often that has changed.
     """
 
@@ -56,7 +57,7 @@ class Gate:
         self.switches = 0
         self._patience = patience
         self._pause = PROBE_EVERY
-        self._gain = OPEN_AT
+        self.gain = OPEN_AT
         self._rows = 0
         self._waited = 0
         self._unchecked = 0
@@ -97,8 +98,8 @@ class Gate:
             self._pause = min(2 * self._pause, self._patience)
         self._rows, self._waited = base_rows, 0
         memory = _MEMORY_OPEN if self.is_open else _MEMORY_CLOSED
-        self._gain += (gain - DOUBT * (1.0 - 1.0 / base_rows) - self._gain) / memory
-        if self._gain < CLOSE_AT if self.is_open else self._gain >= OPEN_AT:
+        self.gain += (gain - DOUBT * (1.0 - 1.0 / base_rows) - self.gain) / memory
+        if self.gain < CLOSE_AT if self.is_open else self.gain >= OPEN_AT:
             self.is_open = not self.is_open
             self.switches += 1
         return self.is_open

@@ -38,10 +38,13 @@ _KEPT_AT_FIRST = 0.7
 _KEPT_RATE = 0.1
 
 _TRIAL_DEBT = 64
-"""Most tokens that a trial reads: a model that does not pay must not read every prompt for that."""
+"""Most tokens that a trial of a closed gate reads, unless one request alone has more."""
 
-_TRIAL_SHARE = 0.005
-"""Of the time for trials while the gate is closed. One that has to read a long prompt is rarer."""
+_READING_SHARE = 0.005
+"""Of the time for trials and for reading texts: one that has to read a long prompt is rarer."""
+
+_EARNED_IN = 64
+"""Steps: requests are taken to have at least so many before them."""
 
 
 class _Contexts:
@@ -185,18 +188,17 @@ class Layerwise(DySpec):
         if not self._free:
             self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
         wanted = [draftee.request for draftee in draftees if draftee.limit]
-        trial = self.gate is not None and not self.gate.is_open
-        if trial:
-            self._allowance += _TRIAL_SHARE * cost.seconds(base_rows)
-        if not wanted or (self.gate is not None and not self.gate.wants_draft(base_rows)):
-            return trees
-        asked = self._cheapest(wanted) if trial else wanted
-        if trial and not self._may_try(asked):
-            return trees
+        asked = wanted
+        if self.gate is not None:
+            asked = self._affordable(wanted, cost.seconds(base_rows))
+            if not asked or not self.gate.wants_draft(base_rows):
+                return trees
+            self._allowance = max(0.0, self._allowance - self._reading(asked))
         without = trees
         self._passes = []
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
-        roots = self._predictor.begin(asked, trial=trial)
+        closed = self.gate is not None and not self.gate.is_open
+        roots = self._predictor.begin(asked, trial=closed or len(asked) < len(wanted))
         for draftee, context in zip(draftees, contexts, strict=True):
             if draftee.request in roots:
                 context.tell(ROOT, roots[draftee.request])
@@ -221,24 +223,42 @@ class Layerwise(DySpec):
             self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows)
         return trees
 
-    def _cheapest(self, wanted: Sequence[str]) -> list[str]:
-        """The requests that a trial asks about: those with little to read, at least one."""
-        chosen: list[str] = []
-        reading = 0
-        for request in sorted(wanted, key=self._predictor.debt):
-            reading += self._predictor.debt(request)
-            if chosen and reading > _TRIAL_DEBT:
-                break
-            chosen.append(request)
-        return chosen
+    def _affordable(self, wanted: Sequence[str], step: float) -> list[str]:
+        """The requests that may be asked about, those with less to read first.
 
-    def _may_try(self, asked: Sequence[str]) -> bool:
-        """Whether what trials may take of the time is enough for one, with all that it reads."""
-        price = self._predictor.seconds(sum(map(self._predictor.debt, asked)))
-        if price > self._allowance:
-            return False
-        self._allowance = 0.0
-        return True
+        What has to be read beyond what one step is charged for must fit into what such reading may
+        take, `_READING_SHARE` of the time, or be earned back in `_EARNED_IN` steps at the gain
+        that an open gate has seen. While it is closed, a trial asks about few requests.
+
+        Args:
+            wanted: the requests.
+            step: seconds of one without drafts.
+        """
+        assert self.gate is not None
+        self._allowance += _READING_SHARE * step
+        budget = self._allowance
+        if self.gate.is_open:
+            budget += _EARNED_IN * max(0.0, self.gate.gain) * step
+        chosen: list[str] = []
+        for request in sorted(wanted, key=self._predictor.debt):
+            asked = [*chosen, request]
+            if self._reading(asked) > budget:
+                break
+            if chosen and not self.gate.is_open and self._debt(asked) > _TRIAL_DEBT:
+                break
+            chosen = asked
+        # In the order of the batch.
+        return [request for request in wanted if request in chosen]
+
+    def _debt(self, asked: Sequence[str]) -> int:
+        return sum(map(self._predictor.debt, asked))
+
+    def _reading(self, asked: Sequence[str]) -> float:
+        """Seconds of reading that no step is charged for; of a trial, of all that it reads."""
+        assert self.gate is not None
+        free = FAIR_DEBT if self.gate.is_open else 0
+        rows = sum(max(0, self._predictor.debt(request) - free) for request in asked)
+        return self._predictor.seconds(rows) if rows else 0.0
 
     def _spent_on(self, share: float) -> float:
         """Seconds, had so many times the requests been asked about."""
