@@ -153,7 +153,7 @@ class Layerwise(DySpec):
         self._gates: dict[int, Gate] = {}  # by the size of the batch, doubling
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
         self._passes: list[int] = []  # rows of each pass of this step
-        self._allowance = 0.0  # seconds that the next trial may take
+        self._allowance = 0.0  # seconds that trials and long texts may take now
 
     def grow(
         self,
@@ -190,10 +190,13 @@ class Layerwise(DySpec):
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         asked = wanted
         if self.gate is not None:
-            asked = self._affordable(wanted, cost.seconds(base_rows))
-            if not asked or not self.gate.wants_draft(base_rows):
+            step = cost.seconds(base_rows)
+            self._allowance += _READING_SHARE * step
+            if not wanted or not self.gate.wants_draft(base_rows):
                 return trees
-            self._allowance = max(0.0, self._allowance - self._reading(asked))
+            asked = self._affordable(wanted, step)
+        if not asked:
+            return trees
         without = trees
         self._passes = []
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
@@ -216,7 +219,8 @@ class Layerwise(DySpec):
         else:
             growths, trees = grown()
         if self.gate is not None:
-            chosen = [i for i, draftee in enumerate(draftees) if draftee.request in set(asked)]
+            names = set(asked)
+            chosen = [i for i, draftee in enumerate(draftees) if draftee.request in names]
             spent = self._spent_on(len(wanted) / len(asked))
             before = cost.gain(base_rows, _as_if(without, chosen))
             after = cost.gain(base_rows, _as_if(trees, chosen), spent)
@@ -224,7 +228,7 @@ class Layerwise(DySpec):
         return trees
 
     def _affordable(self, wanted: Sequence[str], step: float) -> list[str]:
-        """The requests that may be asked about, those with less to read first.
+        """The requests that may be asked about, those with less to read first; it is paid for.
 
         What has to be read beyond what one step is charged for must fit into what such reading may
         take, `_READING_SHARE` of the time, or be earned back in `_EARNED_IN` steps at the gain
@@ -235,30 +239,23 @@ class Layerwise(DySpec):
             step: seconds of one without drafts.
         """
         assert self.gate is not None
-        self._allowance += _READING_SHARE * step
+        is_open = self.gate.is_open
         budget = self._allowance
-        if self.gate.is_open:
+        if is_open:
             budget += _EARNED_IN * max(0.0, self.gate.gain) * step
-        chosen: list[str] = []
-        for request in sorted(wanted, key=self._predictor.debt):
-            asked = [*chosen, request]
-            if self._reading(asked) > budget:
+        chosen: set[str] = set()
+        debt = rows = 0
+        price = 0.0
+        for more, request in sorted((self._predictor.debt(name), name) for name in wanted):
+            debt += more
+            rows += max(0, more - FAIR_DEBT) if is_open else more
+            seconds = self._predictor.seconds(rows) if rows else 0.0
+            if seconds > budget or (chosen and not is_open and debt > _TRIAL_DEBT):
                 break
-            if chosen and not self.gate.is_open and self._debt(asked) > _TRIAL_DEBT:
-                break
-            chosen = asked
-        # In the order of the batch.
-        return [request for request in wanted if request in chosen]
-
-    def _debt(self, asked: Sequence[str]) -> int:
-        return sum(map(self._predictor.debt, asked))
-
-    def _reading(self, asked: Sequence[str]) -> float:
-        """Seconds of reading that no step is charged for; of a trial, of all that it reads."""
-        assert self.gate is not None
-        free = FAIR_DEBT if self.gate.is_open else 0
-        rows = sum(max(0, self._predictor.debt(request) - free) for request in asked)
-        return self._predictor.seconds(rows) if rows else 0.0
+            chosen.add(request)
+            price = seconds
+        self._allowance = max(0.0, self._allowance - price)
+        return [request for request in wanted if request in chosen]  # in the batch's order
 
     def _spent_on(self, share: float) -> float:
         """Seconds, had so many times the requests been asked about."""

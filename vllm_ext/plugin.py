@@ -18,6 +18,8 @@ from logits_processors.switch import is_disabled
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+    from vllm_ext.hooks import Hook
+
 logger = logging.getLogger("vllm.vllm_ext")
 
 _MARK = "_vllm_ext_wrapped"
@@ -55,22 +57,27 @@ def _install_enclosed() -> None:
     """Let drafts travel with the sampled tokens; without it they take a message of their own."""
     from vllm_ext import enclosed, hooks
 
-    broken = [report for report in hooks.check(hooks.EXECUTOR) if not report.ok]
-    if broken:
-        names = ", ".join(report.target for report in broken)
-        logger.warning("vllm-ext: drafts take a message of their own: this vLLM lacks %s", names)
+    lacking = _lacking(hooks.EXECUTOR)
+    if lacking:
+        logger.warning("vllm-ext: drafts take a message of their own: this vLLM lacks %s", lacking)
         return
     enclosed.install()
+
+
+def _lacking(wanted: tuple[Hook, ...]) -> str:
+    """The hooks that do not fit this vLLM, by name; empty if all do."""
+    from vllm_ext import hooks
+
+    return ", ".join(report.target for report in hooks.check(wanted) if not report.ok)
 
 
 def _install_constraints() -> None:
     """Let requests use constraints; without it they are refused by the processor's validation."""
     from vllm_ext import hooks
 
-    broken = [report for report in hooks.check(hooks.CONSTRAINTS) if not report.ok]
-    if broken:
-        names = ", ".join(report.target for report in broken)
-        logger.error("vllm-ext: constraints are off: this vLLM lacks %s", names)
+    lacking = _lacking(hooks.CONSTRAINTS)
+    if lacking:
+        logger.error("vllm-ext: constraints are off: this vLLM lacks %s", lacking)
         return
     from vllm_ext.constraints import admission, records
 
