@@ -29,13 +29,12 @@ def summarise(measurements: Sequence[Measurement]) -> dict[str, list[dict[str, A
     """
     arms = list(dict.fromkeys(m.arm for m in measurements))
     batches = list(dict.fromkeys(m.batch for m in measurements))
+    picked = {(a, batch): _pick(measurements, a, batch) for a in arms for batch in batches}
     return {
         arm: [
-            _entry(
-                batch,
-                _pick(measurements, arm, batch),
-                _pick(measurements, NONE, batch),
-            )
+            _entry(batch, picked[arm, batch], picked[NONE, batch])
+            # Paired group by group, which two ratios to "none" side by side are not.
+            | {"ratio_to": {a: _ratio(picked[arm, batch], picked[a, batch]) for a in arms}}
             for batch in batches
         ]
         for arm in arms

@@ -46,9 +46,12 @@ def command(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """What was measured on what, one line per arm and batch size, and one per data set and task."""
+    """What was measured on what, one line per arm and batch size, and one per data set and task.
+
+    From three arms on they are compared with each other as well.
+    """
     arms = result["arms"]
-    return f"{_conditions(result)}\n\n{_overview(arms)}\n{_parts(arms)}"
+    return f"{_conditions(result)}\n\n{_overview(arms)}\n{_pairs(arms)}{_parts(arms)}"
 
 
 def _conditions(result: dict[str, Any]) -> str:
@@ -101,6 +104,24 @@ def _overview(arms: dict[str, list[dict[str, Any]]]) -> str:
             for e in entries
         ],
     )
+
+
+def _pairs(arms: dict[str, list[dict[str, Any]]]) -> str:
+    """Each arm but "none" against each other one; nothing for results made before they had it."""
+    names = [arm for arm in arms if arm != NONE]
+    if len(names) < 2 or "ratio_to" not in arms[names[0]][0]:
+        return ""
+    rows = [
+        [
+            f"`{arm}`",
+            str(entry["batch"]),
+            *("-" if to == arm else _interval(entry["ratio_to"][to]) for to in names),
+        ]
+        for arm in names
+        for entry in arms[arm]
+    ]
+    headers = ["arm", "batch", *(f"to `{to}`" for to in names)]
+    return "\nRatio of two arms, paired: median [95%]\n\n" + _table(headers, rows)
 
 
 def _parts(arms: dict[str, list[dict[str, Any]]]) -> str:

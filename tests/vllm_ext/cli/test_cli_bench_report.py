@@ -78,6 +78,20 @@ def test_different_answers_lower_the_identical_fraction(
     assert arms["none"][0]["identical_to_none"] == 1.0
 
 
+def test_arms_are_compared_with_each_other_group_by_group(
+    FakeEngine: Any, ten_tokens: Any
+) -> None:
+    arms = summary(
+        [1],
+        none=FakeEngine(ten_tokens, seconds_per_token=0.04),
+        slow=FakeEngine(ten_tokens, seconds_per_token=0.05),
+        fast=FakeEngine(ten_tokens, seconds_per_token=0.02),
+    )
+    assert arms["fast"][0]["ratio_to"]["slow"]["median"] == pytest.approx(2.5)
+    assert arms["slow"][0]["ratio_to"]["fast"]["median"] == pytest.approx(0.4)
+    assert arms["fast"][0]["ratio_to"]["none"] == arms["fast"][0]["ratio"]
+
+
 def test_tables_fit_a_terminal_and_show_the_ratio(
     arms: dict[str, list[dict[str, Any]]],
 ) -> None:

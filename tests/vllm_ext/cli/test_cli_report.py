@@ -91,6 +91,26 @@ def test_data_sets_and_their_tasks(result: dict[str, Any]) -> None:
     assert found[2][1:] == ["2", "2.50 (2.50)", "-"]  # at batch 2 every group is mixed
 
 
+def test_from_three_arms_on_they_are_compared_with_each_other(result: dict[str, Any]) -> None:
+    assert "Ratio of two arms" not in markdown(result)
+    slow = json.loads(json.dumps(result["arms"]["none"]))
+    for entry in slow:
+        entry["ratio_to"]["fast"] = {"median": 0.4, "low": 0.3, "high": 0.5}
+        result["arms"]["fast"][0]["ratio_to"]["slow"] = {"median": 2.5, "low": 2.0, "high": 3.0}
+        result["arms"]["fast"][1]["ratio_to"]["slow"] = {"median": 2.5, "low": 2.0, "high": 3.0}
+    result["arms"]["slow"] = slow
+    text = markdown(result).partition("Ratio of two arms")[2]
+    assert rows(text)[:4] == [
+        ["arm", "batch", "to `fast`", "to `slow`"],
+        ["---", "---:", "---:", "---:"],
+        ["`fast`", "1", "-", "2.50 [2.00, 3.00]"],
+        ["`fast`", "2", "-", "2.50 [2.00, 3.00]"],
+    ]
+    assert rows(text)[4] == ["`slow`", "1", "0.40 [0.30, 0.50]", "-"]
+    del result["arms"]["fast"][0]["ratio_to"]  # a result made before it was recorded
+    assert "Ratio of two arms" not in markdown(result)
+
+
 def test_conditions_name_no_folder(result: dict[str, Any]) -> None:
     text = markdown(result)
     assert "- model, float32, eager, offline, greedy" in text
