@@ -78,9 +78,7 @@ def test_different_answers_lower_the_identical_fraction(
     assert arms["none"][0]["identical_to_none"] == 1.0
 
 
-def test_arms_are_compared_with_each_other_group_by_group(
-    FakeEngine: Any, ten_tokens: Any
-) -> None:
+def test_arms_are_compared_with_each_other_group_by_group(FakeEngine: Any, ten_tokens: Any) -> None:
     arms = summary(
         [1],
         none=FakeEngine(ten_tokens, seconds_per_token=0.04),
