@@ -127,7 +127,7 @@ class DraftModelConfig(DraftWeightsConfig):
 class MixtureConfig(DraftWeightsConfig):
     """Options of a best-first tree from a mixture of sources, a draft model among them or not."""
 
-    max_depth: int = _depth(12)
+    max_depth: int = _depth(24)
     min_probability: float = _MIN_PROBABILITY
     sources: list[str] = Field(
         default=["suffix", "trigram", "bigram"],

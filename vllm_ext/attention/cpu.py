@@ -109,8 +109,9 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
         if step.keep and key is not None and self.kv_sharing_target_layer_name is None:
             # Cloned by index_select: under torch.compile the buffers are reused by the next layer.
             step.stash[layer.layer_name] = (
-                key.index_select(0, step.rows),
-                value.index_select(0, step.rows),
+                None
+                if self.kernel is not None
+                else (key.index_select(0, step.rows), value.index_select(0, step.rows))
             )
         for tree in step.trees:
             rows = slice(tree.start, tree.start + tree.queries)
@@ -120,15 +121,34 @@ class TreeCPUAttentionBackendImpl(CPUAttentionBackendImpl):
                 continue
             # Between two layers the weights of a layer go through the processor's caches: there
             # every operator that need not run here costs several times what it does in a loop.
-            if self._cache is not kv_cache:
-                self._cache, self._bits = kv_cache, cache_bits(kv_cache)
+            bits = self._bits_of(kv_cache)
             place_of = (tree.request, id(attn_metadata))
             placed = step.placed.get(place_of)
             if placed is None:
                 placed = step.placed[place_of] = place(tree, attn_metadata.block_table)
             window = self.sliding_window
-            self.kernel(query[rows], self._bits, placed, window, self.scale, output[rows])
+            self.kernel(query[rows], bits, placed, window, self.scale, output[rows])
         return output
+
+    def move(
+        self, kv_cache: torch.Tensor, sources: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> None:
+        """Copy keys and values from slots to other slots, in order; needs a compiled `kernel`.
+
+        A path's nodes never lie before their final places, so in the order of the path none is
+        overwritten before it is read.
+        """
+        from vllm_ext.attention.move_kernel import move_slots
+
+        layout = self.layout
+        assert layout is not None, "slots moved before the layout was probed"
+        keys, values = layout.keys.numpy(), layout.values.numpy()
+        move_slots(self._bits_of(kv_cache), keys, values, layout.block_size, sources, targets)
+
+    def _bits_of(self, kv_cache: torch.Tensor) -> NDArray[Any]:
+        if self._cache is not kv_cache:
+            self._cache, self._bits = kv_cache, cache_bits(kv_cache)
+        return self._bits
 
     def _attend(
         self,

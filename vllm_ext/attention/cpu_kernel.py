@@ -9,7 +9,9 @@ maximum and normaliser (the online softmax of FlashAttention, arXiv 2205.14135),
     o' = o e^(m - m') + sum_j e^(s_j - m') v_j,
 
 in float32 whatever the dtype of the cache, as the stock kernel computes. Query heads that share a
-key head are rows of the same small matrix products.
+key head are rows of the same small matrix products. Where the processor multiplies pairs of
+bfloat16, queries and keys of that dtype are multiplied as they are, which loses nothing: such a
+product is exact in float32.
 
 Addresses are taken once: a slice of an array is counted, atomically, wherever it is made.
 """
@@ -34,7 +36,7 @@ from vllm_ext.compiled import (
     number_of,
     wide_vectors,
 )
-from vllm_ext.gemm import COLUMNS, ROWS, add_product
+from vllm_ext.gemm import COLUMNS, PAIRS, ROWS, add_pairs_product, add_product
 
 TILE = 64
 """Slots per tile, and columns of a head per accumulator."""
@@ -48,31 +50,53 @@ maximum gives the same softmax; one seldom raised spares rescaling, and waiting 
 
 
 @compiled
-def _load(
-    keys: Any, values: Any, cache: Any, table: Any, head: int, head_size: int, start: int, n: int
+def _load_keys(
+    to: Any, cache: Any, table: Any, head: int, head_size: int, start: int, n: int, pairs: bool
 ) -> None:
-    """Read ``n`` slots of a head from ``start`` on.
+    """Read the keys of ``n`` slots from ``start`` on, for one key head.
 
     Args:
-        keys: written, bits of float32 [head_size, TILE].
-        values: written, bits of float32 [columns / TILE, TILE, TILE].
+        to: written, bits of float32 [head_size, TILE], or of pairs [head_size / 2, TILE].
         cache: as in `attend`, as are the others.
         table: blocks of the request.
         head: key head.
         head_size: of a head.
         start: first slot.
         n: slots.
+        pairs: of dimensions.
     """
+    wide_vectors()
     block_size = cache.shape[3] // head_size
     done = 0
     while done < n:
         offset = (start + done) % block_size
         run = min(block_size - offset, n - done)
-        block = cache[table[(start + done) // block_size], head]
-        copy_bits(keys, done, TILE, block[0], offset, block_size, head_size, run)
+        keys = cache[table[(start + done) // block_size], head, 0]
+        if not pairs:
+            copy_bits(to, done, TILE, keys, offset, block_size, head_size, run)
+        for d in range(head_size // 2 if pairs else 0):
+            # Unsigned, or Numba provides for negative indices and LLVM cannot vectorise.
+            at, low = np.uintp(d * TILE + done), np.uintp(2 * d * block_size + offset)
+            high = low + np.uintp(block_size)
+            for j in range(np.uintp(run)):
+                to[at + j] = np.uint32(keys[low + j]) | (np.uint32(keys[high + j]) << 16)
+        done += run
+
+
+@compiled
+def _load_values(
+    to: Any, cache: Any, table: Any, head: int, head_size: int, start: int, n: int
+) -> None:
+    """As `_load_keys`, the values: ``to`` is bits of float32 [columns / TILE, TILE, TILE]."""
+    block_size = cache.shape[3] // head_size
+    done = 0
+    while done < n:
+        offset = (start + done) % block_size
+        run = min(block_size - offset, n - done)
+        values = cache[table[(start + done) // block_size], head, 1]
         for d in range(0, head_size, TILE):
-            to, width = (d + done) * TILE, min(TILE, head_size - d)
-            copy_bits(values, to, TILE, block[1], offset * head_size + d, head_size, run, width)
+            at, width = (d + done) * TILE, min(TILE, head_size - d)
+            copy_bits(to, at, TILE, values, offset * head_size + d, head_size, run, width)
         done += run
 
 
@@ -83,6 +107,18 @@ def _multiply(sums: int, left: int, pitch: int, inner: int, right: int) -> None:
     for column in range(0, TILE, COLUMNS):
         at = 4 * column
         add_product(sums + at, 4 * TILE, left, 4 * pitch, inner, right + at)
+
+
+@compiled
+def _multiply_pairs(sums: int, left: int, pitch: int, inner: int, right: int) -> None:
+    """As `_multiply`, the matrices of pairs of bfloat16."""
+    wide_vectors()
+    for column in range(0, TILE, COLUMNS):
+        at = 4 * column
+        add_pairs_product(sums + at, 4 * TILE, left, 4 * pitch, inner, right + at)
+
+
+_multiply_scores = _multiply_pairs if PAIRS else _multiply  # else it would be compiled in vain
 
 
 @compiled
@@ -173,31 +209,44 @@ def attend(
     total = base + visible.shape[0]
     begin = first_slot(base, depths[first], window)
 
-    queries = np.zeros((strips * ROWS, head_size), np.float32)
+    pairs = PAIRS and query.itemsize == 2 and head_size % 2 == 0
+    inner = head_size // 2 if pairs else head_size
+    queries = np.zeros((strips * ROWS, inner), np.uint32)
     scores = np.zeros(strips * ROWS * TILE, np.float32)
     sums = np.empty((chunks, strips * ROWS, TILE), np.float32)
     highest = np.empty(strips * ROWS, np.float32)
     weight = np.empty(strips * ROWS, np.float32)
-    key_bits = np.zeros(head_size * TILE, np.uint32)
-    value_bits = np.zeros(chunks * TILE * TILE, np.uint32)
+    # Keys, then values: with the rest they just fit the first-level cache.
+    tile = np.zeros(chunks * TILE * TILE, np.uint32)
     queries_at, scores_at, sums_at = queries.ctypes.data, scores.ctypes.data, sums.ctypes.data
-    keys_at, values_at = key_bits.ctypes.data, value_bits.ctypes.data
+    tile_at = tile.ctypes.data
 
     for head in range(kv_heads):
         for m in range(count):
-            for d in range(head_size):
-                bits = np.uint32(query[m // group, head * group + m % group, d])
-                queries[m, d] = number_of(np.int32(bits << widen)) * scale
+            own = query[m // group, head * group + m % group]
+            for d in range(inner):
+                if pairs:
+                    bits = np.uint32(own[2 * d]) | (np.uint32(own[2 * d + 1]) << 16)
+                else:
+                    number = number_of(np.int32(np.uint32(own[d]) << widen))
+                    bits = bits_of(number * scale)
+                queries[m, d] = bits
         sums[:] = ZERO
         highest[:] = MASKED
         weight[:] = ZERO
         for start in range(begin, total, TILE):
             n = min(TILE, total - start)
-            _load(key_bits, value_bits, cache, table, head, head_size, start, n)
+            _load_keys(tile, cache, table, head, head_size, start, n, pairs)
             scores[:] = ZERO
             for m in range(0, count, ROWS):
-                to, of = scores_at + 4 * m * TILE, queries_at + 4 * m * head_size
-                _multiply(to, of, head_size, head_size, keys_at)
+                to, of = scores_at + 4 * m * TILE, queries_at + 4 * m * inner
+                if pairs:
+                    _multiply_scores(to, of, inner, inner, tile_at)
+                else:
+                    _multiply(to, of, inner, inner, tile_at)
+            if pairs:
+                scores *= scale
+            _load_values(tile, cache, table, head, head_size, start, n)
             for m in range(count):
                 if start + n > base or window >= 0:
                     row = first + m // group
@@ -212,7 +261,7 @@ def attend(
                     highest[m] = peak
                 weight[m] += exponentiate(scores, m * TILE, TILE, highest[m])
             for chunk in range(chunks):
-                part = values_at + 4 * chunk * TILE * TILE
+                part = tile_at + 4 * chunk * TILE * TILE
                 for m in range(0, count, ROWS):
                     to = sums_at + 4 * (chunk * strips * ROWS + m) * TILE
                     _multiply(to, scores_at + 4 * m * TILE, TILE, n, part)

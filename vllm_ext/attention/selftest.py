@@ -3,7 +3,8 @@
 
 A wrong cache layout or mask does not crash: it changes the text.  So before any request: (1) tree
 attention of a chain must equal the stock kernel; (2) tree attention of a random tree must equal
-dense attention with an explicit mask in float64.
+dense attention with an explicit mask in float64; (3) where a compiled kernel moves accepted nodes
+within the cache, it must hold what the stock writer would have written.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def self_test(layer: Any, dtype: torch.dtype) -> str | None:
         last = float((case.tree_attention(_NODES // 2) - ours[_NODES // 2 :]).abs().max())
         if not math.isfinite(last) or last > _TOLERANCE[dtype]:
             return f"self-test: tree attention of the last rows alone is off by {last:.2g}"
+        if layer.impl.kernel is not None and not case.moves():
+            return "self-test: accepted nodes moved within the cache are not what was written"
     return None
 
 
@@ -105,9 +108,13 @@ class _Case:
         shape = (total, impl.num_kv_heads, impl.head_size)
         self.keys = torch.randn(shape, generator=generator).to(dtype)
         self.values = torch.randn(shape, generator=generator).to(dtype)
-        self.query = torch.randn(
-            (self.rows.size, impl.num_heads, impl.head_size), generator=generator
-        ).to(dtype)
+        # As in the engine, where queries, keys and values are parts of the same rows: a compiled
+        # kernel is compiled anew for another sort of tensor, and must not be while it serves.
+        self.query = (
+            torch.randn((self.rows.size, 2, impl.num_heads, impl.head_size), generator=generator)
+            .to(dtype)
+            .select(1, 0)
+        )
         position = torch.arange(total)
         self.slots = self.table[position // block_size] * block_size + position % block_size
         impl.do_kv_cache_update(layer, self.keys, self.values, self.cache, self.slots)
@@ -119,7 +126,7 @@ class _Case:
         metadata = SimpleNamespace(block_table=self.table[None].to(torch.int32))
         setattr(metadata, STEP_ATTRIBUTE, step)
         query = self.query[first:]
-        output = torch.full_like(query, float("nan"))
+        output = torch.full(query.shape, float("nan"), dtype=query.dtype)
         base = self.rows.base + first
         self.impl.forward(
             self.layer,
@@ -131,6 +138,16 @@ class _Case:
             output,
         )
         return output
+
+    def moves(self) -> bool:
+        """Whether a path's nodes, moved within the cache, are where the stock writer puts them."""
+        base, path = self.rows.base, torch.arange(2, self.rows.size, 2)
+        sources, targets = self.slots[base + path], self.slots[base + 1 : base + 1 + len(path)]
+        moved, written = self.cache.clone(), self.cache.clone()
+        self.impl.move(moved, sources.numpy(), targets.numpy())
+        keys, values = self.keys[base + path], self.values[base + path]
+        self.impl.do_kv_cache_update(self.layer, keys, values, written, targets)
+        return torch.equal(moved, written)
 
     def stock(self) -> torch.Tensor:
         """The stock kernel, which takes the rows for a chain."""
@@ -160,7 +177,7 @@ class _Case:
                 kv_cache_dtype=self.impl.kv_cache_dtype,
             ),
         )
-        output = torch.empty_like(self.query)
+        output = torch.empty(self.query.shape, dtype=self.query.dtype)
         base = self.rows.base
         CPUAttentionBackendImpl.forward(
             self.impl,

@@ -3,7 +3,8 @@
 
 The attention layers stash the keys and values of tree rows; after the walk the accepted ones are
 written by the backend's own writer.  So nothing here knows the layout, dtype or quantisation of the
-cache, and no source can be overwritten before it is read.
+cache, and no source can be overwritten before it is read.  A layer whose cache was probed moves
+them within it instead, which spares the stash.
 """
 
 from __future__ import annotations
@@ -62,9 +63,15 @@ def commit(
     # Moved once: an index on the host would be copied to the GPU again by every layer.
     device = next(iter(slot_mappings.values())).device
     source, row = torch.tensor([sources, rows], dtype=torch.int64).to(device)
-    slots_of: dict[int, torch.Tensor] = {}  # the slot mapping is shared by all layers of a KV group
-    for name, (key, value) in step.stash.items():
+    slots_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # one mapping per KV group
+    for name, stashed in step.stash.items():
         layer = layers[name]
         mapping = slot_mappings[name]
-        slots = slots_of.setdefault(id(mapping), mapping[row])
-        layer.impl.do_kv_cache_update(layer, key[source], value[source], layer.kv_cache, slots)
+        if id(mapping) not in slots_of:
+            slots_of[id(mapping)] = mapping[step.rows[source]], mapping[row]
+        of, to = slots_of[id(mapping)]
+        if stashed is None:
+            layer.impl.move(layer.kv_cache, of.numpy(), to.numpy())
+        else:
+            key, value = (tensor[source] for tensor in stashed)
+            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, to)

@@ -116,9 +116,9 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             curve,
         )
 
-    @torch.inference_mode()
     # -- one step ---------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Stock, timed."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)

@@ -79,7 +79,8 @@ class AttentionStep:
         masks: additive masks, cached per (request, padded context, window) for the step's layers.
         placed: arguments of compiled kernels, cached per (request, id of the layers' metadata).
         keep: whether the layers fill the stash.
-        stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``.
+        stash: per layer name, the keys and values [R, kv_heads, head_size] of ``rows``, or ``None``
+            for a layer that can `move` them within the cache.
     """
 
     trees: list[TreeRows]
@@ -88,7 +89,7 @@ class AttentionStep:
     keep: bool = True
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
     placed: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
-    stash: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    stash: dict[str, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

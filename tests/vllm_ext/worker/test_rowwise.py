@@ -20,6 +20,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from logits_processors.vllm_v1 import V1Processor
+from proposers.tree import TokenTree
 from tests.vllm_ext.worker.test_device_walk import Batch, gpu_sampler, metadata
 from vllm_ext.worker import walk as module
 from vllm_ext.worker.rowwise import why_sequential
@@ -65,7 +66,8 @@ def reproducible(batch: Batch) -> Sequence[int]:
 
 
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "mixed"])
-def test_same_tokens_from_fewer_rows(kind: str) -> None:
+def test_same_tokens_from_fewer_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 0)
     deepest = whole_rows = live_rows = 0
     for seed in range(100):
         batch = Batch(seed, kind)
@@ -86,6 +88,45 @@ def test_same_tokens_from_fewer_rows(kind: str) -> None:
         deepest = max(deepest, *map(len, live.paths))
         whole_rows, live_rows = whole_rows + more, live_rows + fewer
     assert kind == "mixed" or (deepest >= 4 and live_rows < 0.7 * whole_rows)
+
+
+def test_a_small_greedy_batch_is_sampled_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 1 << 30)
+    deepest = 0
+    for seed in range(100):
+        batch = Batch(seed, "greedy")
+        whole, _ = walked(batch, batch.metadata(), rowwise=False)
+        once, rows = walked(batch, batch.metadata(), rowwise=True)
+        assert rows == len(batch.logits)
+        assert (once.tokens, once.paths) == (whole.tokens, whole.paths)
+        deepest = max(deepest, *map(len, once.paths))
+    assert deepest >= 4
+
+
+def test_rows_sampled_at_once_keep_to_what_their_request_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbidden = torch.zeros(2, 4, dtype=torch.bool)
+    forbidden[1, 3] = True  # what the second request's model likes best
+    trees = [TokenTree.chain([3, 3], [0.5, 0.4]), TokenTree.chain([2, 3], [0.5, 0.4])]
+    logits = torch.arange(4.0).repeat(6, 1)
+    given = replace(
+        metadata(2),
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        allowed_token_ids_mask=forbidden,
+    )
+
+    def tokens(rowwise: bool) -> list[list[int]]:
+        histories: list[list[int] | None] = [[], []]
+        walking = (trees, [0, 3], histories, lambda live: None)
+        return walk(Sampler(), logits.clone(), given, *walking, rowwise=rowwise).tokens
+
+    assert tokens(True) == tokens(False) == [[3, 3, 3], [2, 2]]
+    right = module.part_of  # the control: what the rows get belongs to the other request
+    monkeypatch.setattr(module, "part_of", lambda g, owners: right(g, [1 - o for o in owners]))
+    assert tokens(True) != tokens(False)
 
 
 def test_parameters_of_a_neighbour_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
