@@ -3,11 +3,14 @@
 
 Speed on a shared machine drifts by tens of percent within minutes, so arms that run one after the
 other cannot be compared. Here every group of prompts is run on every arm before the next group,
-and the arm that goes first changes from group to group.
+and the arm that goes first changes from group to group. All processes of the arms whose turn it is
+not are halted: after its last step a worker of vLLM polls for a second, on the core that the next
+arm's worker is bound to, and would slow down every turn by a part of that second.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +29,12 @@ class Engine(Protocol):
         self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]
     ) -> GenerateResult:
         """Generate for all prompts in one batch."""
+
+    def pause(self) -> None:
+        """Take no processor time until `resume`."""
+
+    def resume(self) -> None:
+        """Be ready to generate again."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +131,29 @@ def run(
     told the arm whose turn it is.
     """
     names = list(engines)
+    for engine in engines.values():
+        engine.pause()
     for batch, groups in prompts_of(prompts, plan):
         for engine in engines.values():
             params = {"max_tokens": WARM_UP_TOKENS, "temperature": 0.0}
-            engine.generate([warm_up] * batch, [params] * batch)
+            with _awake(engine):
+                engine.generate([warm_up] * batch, [params] * batch)
         for round_index in range(plan.rounds):
             for group_index, group in enumerate(groups):
                 first = (group_index + round_index) % len(names)
                 for name in names[first:] + names[:first]:
                     on_turn(name)
-                    result = engines[name].generate(
-                        [p.token_ids for p in group], [plan.params(p, round_index) for p in group]
-                    )
+                    token_ids = [prompt.token_ids for prompt in group]
+                    params_of = [plan.params(prompt, round_index) for prompt in group]
+                    with _awake(engines[name]) as engine:
+                        result = engine.generate(token_ids, params_of)
                     yield Measurement(name, batch, round_index, group_index, group, result)
+
+
+@contextlib.contextmanager
+def _awake(engine: Engine) -> Iterator[Engine]:
+    engine.resume()
+    try:
+        yield engine
+    finally:
+        engine.pause()

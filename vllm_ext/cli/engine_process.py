@@ -8,15 +8,14 @@ counters), the environment (plain vLLM runs with this plugin off), and the plugi
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.cli import process_group
 from vllm_ext.cli.engine_host import ENGINE_SHUTDOWN_SECONDS, serve
 from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, GenerateResult
 
@@ -98,15 +97,23 @@ class EngineProcess:
         result: GenerateResult = self._call("generate", list(prompts), list(params))
         return result
 
+    def pause(self) -> None:
+        """Halt the engine's processes until `resume`."""
+        process_group.pause(self._pid)
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        process_group.resume(self._pid)
+
     def close(self) -> None:
         """Stop the engine and every process it started; safe to call twice."""
         if self._pipe.closed:
             return
+        self.resume()
         self._pipe.close()  # the child leaves its loop on end-of-file
         self._process.join(PROCESS_SHUTDOWN_SECONDS)
         # The child leads a process group, so this takes along what vLLM may have left behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._pid, signal.SIGKILL)
+        process_group.kill(self._pid)
         self._process.join()
         if not self._failed:
             self._log.unlink(missing_ok=True)

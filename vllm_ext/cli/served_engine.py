@@ -86,6 +86,14 @@ class ServedEngine:
             raise self._server.died(error.__cause__ or error) from error
         return self._counters().since(before).result(requests, wall)
 
+    def pause(self) -> None:
+        """Halt the server's processes until `resume`."""
+        self._server.pause()
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        self._server.resume()
+
     def close(self) -> None:
         """Stop the server and every process it started; safe to call twice."""
         self._loop.close()

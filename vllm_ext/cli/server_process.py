@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_ext.cli import process_group
 from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, EngineError
 
 START_SECONDS = 900.0  # with compilation on a small machine it takes minutes
@@ -115,15 +116,23 @@ class ServerProcess:
         self._failed = True
         return EngineDiedError(f"the server does not answer ({reason}){self._last_words()}")
 
+    def pause(self) -> None:
+        """Halt the server's processes until `resume`."""
+        process_group.pause(self._process.pid)
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        process_group.resume(self._process.pid)
+
     def close(self) -> None:
         """Stop the server and every process it started; safe to call twice."""
         if self._process.poll() is None:
+            self.resume()
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
         # The server leads a process group, so this takes along what it may have left behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        process_group.kill(self._process.pid)
         self._process.wait()
         if not self._failed:
             self.log.unlink(missing_ok=True)

@@ -52,10 +52,12 @@ class FakeEngine:
         self.calls: list[tuple[list[list[int]], list[dict[str, Any]]]] = []
         self.restarts = 0
         self.closed = False
+        self.paused = False
 
     def generate(
         self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]
     ) -> GenerateResult:
+        assert not self.paused
         self.calls.append((list(prompts), list(params)))
         requests = [self.answer(p, q) for p, q in zip(prompts, params, strict=True)]
         tokens = sum(r.num_tokens for r in requests)
@@ -70,6 +72,12 @@ class FakeEngine:
             drafting_s=None if share is None else share * wall,
             engine_steps=None if share is None else tokens - self.accepted,
         )
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def wait(self) -> None:
         """It is ready at once."""

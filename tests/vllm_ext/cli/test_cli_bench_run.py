@@ -32,6 +32,21 @@ def test_every_arm_gets_every_group_in_every_round_and_all_take_turns_going_firs
         assert len({(m.batch, m.round, m.group) for m in measured[i : i + 3]}) == 1
 
 
+def test_all_arms_rest_but_the_one_whose_turn_it_is(FakeEngine: Any, request_of: Any) -> None:
+    engines: dict[str, Any] = {}
+    awake: list[list[str]] = []
+
+    def answer(ids: list[int], params: dict[str, Any]) -> Any:
+        awake.append([name for name, engine in engines.items() if not engine.paused])
+        return request_of([1, 2])
+
+    engines.update({name: FakeEngine(answer) for name in ("none", "a")})
+    plan = Plan(batches=[1], rounds=1, max_tokens=4, temperature=0.0)
+    turns = [m.arm for m in run(engines, PROMPTS, [9], plan)]
+    assert awake == [["none"], ["a"], *([turn] for turn in turns)]  # after the warm-up
+    assert all(engine.paused for engine in engines.values())
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_fresh_prompts_are_seen_at_one_batch_size_only(fresh: bool, FakeEngine: Any) -> None:
     plan = Plan([1, 2], rounds=1, max_tokens=4, temperature=0.0, fresh=fresh)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.vllm_ext.cli.processes import alive, ends
+from tests.vllm_ext.cli.processes import alive, becomes, ends
 from vllm_ext.cli import app
 from vllm_ext.cli.engine_process import EngineProcess
 from vllm_ext.cli.engine_types import EngineConfig, EngineDiedError, EngineError
@@ -103,6 +103,20 @@ def test_closing_ends_every_process_of_the_engine(stand_in: EngineConfig) -> Non
     assert alive(host)
     engine.close()
     engine.close()
+    assert ends(helper)
+    assert ends(host)
+    assert not engine.log.exists()
+
+
+def test_a_paused_engine_and_its_helpers_do_not_run(stand_in: EngineConfig) -> None:
+    with EngineProcess(stand_in) as engine:
+        helper, host = engine.generate([[7]], [{}]).requests[0].completions[0].token_ids
+        engine.pause()
+        assert becomes(helper, "T")
+        assert becomes(host, "T")
+        engine.resume()
+        assert engine.generate([[7]], [{}]).num_tokens == 2
+        engine.pause()  # and is closed all the same
     assert ends(helper)
     assert ends(host)
     assert not engine.log.exists()
