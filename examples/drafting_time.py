@@ -39,7 +39,7 @@ EXPONENT = 1.1  # of Zipf's law, about that of English
 REPEAT_SHARE = 0.5  # of the text is copied from earlier in it
 PASSAGE = 24  # mean tokens of a copied passage
 CANDIDATES = 8
-MAX_DEPTH = 12
+MAX_DEPTH: int = parse_options(METHOD, {}).max_depth  # type: ignore[attr-defined]
 # Seconds of a step by rows: SmolLM2-135M on 2 cores without AVX-512.
 CURVE = "1:0.0325,7:0.037,17:0.056,65:0.145"
 
