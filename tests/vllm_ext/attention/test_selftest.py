@@ -77,6 +77,16 @@ def test_catches_a_compiled_kernel_that_reads_another_layout(dtype: torch.dtype)
 
 
 @COMPILED
+def test_catches_nodes_that_are_moved_to_the_wrong_slot(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = ready_layer(dtype, kernel=kernel_of(dtype))
+    right = layer.impl.move
+    monkeypatch.setattr(layer.impl, "move", lambda cache, of, to: right(cache, of, np.roll(to, 1)))
+    assert "moved within the cache" in str(self_test(layer, dtype))
+
+
+@COMPILED
 def test_catches_a_compiled_kernel_with_one_wrong_mask_bit(dtype: torch.dtype) -> None:
     right = kernel_of(dtype)
 
