@@ -98,12 +98,13 @@ class DraftWorker(TreeCPUWorker):
         return ["positions", "slots", "mask", "catch-up"]
 
     def draft_state(self) -> dict[str, Any]:
-        """Whether the draft model is in use, how many texts it keeps, and the worker's counters."""
+        """Whether the draft model is in use, what it holds, and the worker's counters."""
         runner: Any = self.model_runner
         predictor = runner._predictor
         return {
             "used": predictor is not None,
             "vocab": runner._draft_model.drafted_vocab,
+            "shared_bytes": runner._draft_model.shared_bytes,
             "texts": len(predictor._texts) if predictor is not None else 0,
             **runner._counters.snapshot(),
         }

@@ -6,6 +6,7 @@ Each mutation removes one thing that exactness rests on; the tests require that 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,32 @@ def _one_wrong_slot(step: Any, paths: Any, layers: Any, slot_mappings: Any) -> N
     ORIGINALS["commit"](step, paths, layers, shifted)
 
 
+def _compiled() -> set[str]:
+    """Numba's kernels of ours and the sorts of arguments for which they are compiled."""
+    return {
+        f"{name}.{function}{signature}"
+        for name, module in list(sys.modules.items())
+        if name.startswith(("vllm_ext.", "proposers."))
+        for function, value in vars(module).items()
+        for signature in getattr(value, "nopython_signatures", ())
+    }
+
+
 class MutantWorker(TreeCPUWorker):
     """The real worker, plus :meth:`mutate` and ways to see what it does."""
 
     _cut_trees = 0
     _states: list[tuple[list[int], list[float]]]
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Stock, and remember what was compiled until then."""
+        made = super().compile_or_warm_up_model()
+        self._compiled_at_start = _compiled()
+        return made
+
+    def compiled_kernels(self) -> tuple[list[str], list[str]]:
+        """Those compiled at start, and those compiled while requests waited."""
+        return sorted(self._compiled_at_start), sorted(_compiled() - self._compiled_at_start)
 
     def record_states(self) -> None:
         """Keep what the drafter sees of hidden states, with the text at that time."""

@@ -98,6 +98,12 @@ def test_its_own_draft_is_always_right(plain: Any, self_drafting: Any, requests:
         assert counts["inside"] == 0
 
 
+def test_weights_are_held_once(self_drafting: Any) -> None:
+    """Embeddings at least: vLLM's linear layers on a CPU are packed where they can be."""
+    shared = self_drafting.collective_rpc("draft_state")[0]["shared_bytes"]
+    assert shared >= VOCAB * 64 * 4
+
+
 def test_cached_blocks_that_were_never_drafted_for(plain: Any, self_drafting: Any) -> None:
     """The prefix cache hands them out; their draft half must be computed before it is used."""
     requests = long_prompts(3)

@@ -130,6 +130,20 @@ def test_trees_branch_and_are_accepted(engines: tuple[Any, Any]) -> None:
     assert metrics["num_draft_tokens"] > metrics["num_accepted_tokens"]
 
 
+def test_nothing_is_compiled_while_requests_wait(engines: tuple[Any, Any]) -> None:
+    """A second for a kernel at the first tree is a second that a request waits."""
+    _, ours = engines
+    before = ours.collective_rpc("tree_counters")[0]
+    texts(ours, prompts(24, seed=6), params(ignore_eos=True))
+    after = ours.collective_rpc("tree_counters")[0]
+    assert after["branching_trees"] > before["branching_trees"]
+    at_start, later = ours.collective_rpc("compiled_kernels")[0]
+    if not at_start:
+        pytest.skip("tree attention is not compiled on this machine")
+    assert any("attend" in kernel for kernel in at_start)
+    assert not later
+
+
 def test_logprobs_are_those_of_the_accepted_rows(engines: tuple[Any, Any]) -> None:
     plain, ours = engines
     requests = prompts(5, seed=2)

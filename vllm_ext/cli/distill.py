@@ -42,6 +42,14 @@ def command(
             help="Layers of the draft, taken evenly from the target.  [default: an eighth of them]"
         ),
     ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option(
+            "--early-exit",
+            help="Kangaroo: all layers of the draft but the last are the target's lowest and stay "
+            "as they are; the last one learns.",
+        ),
+    ] = False,
     minutes: Annotated[float, typer.Option(min=0.01, help="Time for everything, about.")] = 50.0,
     field: Annotated[str, typer.Option(help="Key of the text in JSON lines.")] = "text",
     raw: Raw = False,
@@ -66,11 +74,14 @@ def command(
             out=out,
             inputs=tuple(inputs or ()),
             held_out=held_out,
-            layers=layers if layers is not None else default_layers(layers_of(target)),
+            layers=layers
+            if layers is not None
+            else default_layers(layers_of(target), early_exit=early_exit),
             minutes=minutes,
             field=field,
             raw=raw,
             seed=seed,
+            early_exit=early_exit,
         )
         report = distill(job, typer.echo)
     except (DistillError, IdentityError, OSError) as error:
@@ -84,9 +95,9 @@ def command(
     typer.echo(f"{out}: a draft of {report['settings']['layers']} layers; see {out}/distill.json")
 
 
-def default_layers(total: int) -> int:
-    """An eighth of the target's layers, at least one: see docs/results/distill.md."""
-    return max(1, round(total / 8))
+def default_layers(total: int, *, early_exit: bool = False) -> int:
+    """An eighth of the target's layers, at least one that learns: see docs/results/distill.md."""
+    return max(2 if early_exit else 1, round(total / 8))
 
 
 def shown(report: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from vllm_ext.cli.progress import progress, whole_seconds
 from vllm_ext.distill import data, evaluate, vocab
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.student import (
+    early_exit,
     load_target,
     make_student,
     save_student,
@@ -78,6 +79,7 @@ class Job:
         inputs: texts and prompts.
         held_out: prompts of the evaluation; if `None`, some of the prompts are put aside.
         layers: of the draft.
+        early_exit: whether all but the last of them stay the target's lowest ones.
         minutes: for everything.
         field: key of the text in JSON lines.
         raw: no chat template.
@@ -93,6 +95,7 @@ class Job:
     field: str
     raw: bool
     seed: int
+    early_exit: bool = False
 
 
 def distill(
@@ -116,7 +119,7 @@ def distill(
         DistillError: if something given cannot be used.
     """
     plan = plan or Plan()
-    picked = spread(job.layers, layers_of(job.target))
+    picked = (early_exit if job.early_exit else spread)(job.layers, layers_of(job.target))
     texts, ends = _texts(job, plan)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     space = Workspace(job.out, _identity(job, plan, device))
@@ -175,7 +178,8 @@ class _Distilling:
         # What it began with: the code may have changed by the end.
         environment = self._space.once("environment", describe)
         total = 60 * self._job.minutes
-        student = make_student(self._target, self._picked)
+        frozen = self._job.layers - 1 if self._job.early_exit else 0
+        student = make_student(self._target, self._picked, frozen)
         texts = self._space.once("answers", self._answers)
         answered = self._clock()
         before = self._space.once("before", lambda: self._judged(student, texts))
@@ -329,6 +333,7 @@ def _identity(job: Job, plan: Plan, device: torch.device) -> dict[str, Any]:
             "inputs": files_hash(job.inputs),
             "held_out": files_hash(held_out),
             "layers": job.layers,
+            "early_exit": job.early_exit,
             "minutes": job.minutes,
             "field": job.field,
             "raw": job.raw,

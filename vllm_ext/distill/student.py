@@ -4,6 +4,10 @@
 The student has the target's architecture, tokenizer, embeddings and output layer, so it loads
 wherever the target does. Embeddings and output layer are shared and stay frozen while the layers
 between them learn: they are most of a small student, and the target's are good already.
+
+An early exit (Kangaroo, arXiv 2404.18911) keeps the target's lowest layers frozen too, and one
+layer behind them learns to finish what they began. Kangaroo's adapter is an attention layer without
+an MLP; a whole layer leaves the student a model of the target's class.
 """
 
 from __future__ import annotations
@@ -101,10 +105,24 @@ def spread(layers: int, total: int) -> list[int]:
     return [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
 
 
-def make_student(target: Any, picked: Sequence[int]) -> Any:
+def early_exit(layers: int, total: int) -> list[int]:
+    """The lowest `layers` - 1 of `total` layers, and the last one to begin the adapter with.
+
+    Raises:
+        DistillError: if that is not a layer and an adapter at least, and fewer than the target has.
+    """
+    if not 2 <= layers < total:
+        raise DistillError(
+            f"{layers} layers: an early exit has one of the target's {total} layers and an adapter "
+            f"at least, and fewer layers than the target; give 2 to {total - 1}"
+        )
+    return [*range(layers - 1), total - 1]
+
+
+def make_student(target: Any, picked: Sequence[int], frozen: int = 0) -> Any:
     """A float32 model of the target's class with the target's layers `picked`, in that order.
 
-    Only its layers and its final norm take gradients.
+    Only its layers from `frozen` on and its final norm take gradients.
 
     Raises:
         DistillError: if the architecture gives a layer another shape at another depth.
@@ -121,8 +139,8 @@ def make_student(target: Any, picked: Sequence[int]) -> Any:
         raise DistillError(f"{type(target).__name__} cannot be cut: no weights for {sorted(tied)}")
     student.tie_weights()
     student.requires_grad_(False)
-    for name, parameter in student.model.named_parameters():
-        parameter.requires_grad_(name.startswith(("layers.", "norm.")))
+    student.model.layers[frozen:].requires_grad_(True)
+    student.model.norm.requires_grad_(True)
     return student.to(target.device)
 
 

@@ -34,6 +34,7 @@ from vllm_ext.methods import OptionError
 from vllm_ext.worker.beside import lay_out, own_context, reentrant_layers, why_not_reentrant
 from vllm_ext.worker.narrow_head import Logits, NarrowError, narrow
 from vllm_ext.worker.observe import top_candidates
+from vllm_ext.worker.shared_weights import share_equal_weights
 from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, TreeRows
 from vllm_ext.worker.trace import Trace
 
@@ -81,6 +82,7 @@ class DraftModel:
         vocab_size: tokens that it reads.
         drafted_vocab: tokens that it drafts.
         max_model_len: longest text that it can read.
+        shared_bytes: of its weights, those that lie in the target's memory.
         seconds: spent in passes so far, but for those beside the target's.
         failed: whether a pass has raised an error.
         trace: gets a span for each pass.
@@ -104,10 +106,14 @@ class DraftModel:
         before = set(context)
         with set_model_tag(PREFIX), reentrant_layers() if beside else nullcontext():
             self._model = get_model(vllm_config=self._config, prefix=PREFIX)
+            self.shared_bytes = share_equal_weights(self._model, runner.get_model())
             prepare = lay_out if beside else lambda layer: None
             prepare(self._model)
             tokens = draft_vocab(options, config, folder)
             self._vocab, self._logits = self._output(tokens, prepare)
+        logger.info(
+            "vllm-ext: %.1f MiB of the draft model are the target's", self.shared_bytes / 2**20
+        )
         self.layers = sorted(set(context) - before)
         self.vocab_size = int(config.get_vocab_size())
         self.drafted_vocab = self.vocab_size if self._vocab is None else len(self._vocab)

@@ -70,9 +70,25 @@ def test_the_options_reach_the_job(
     assert job.target == model
     assert job.inputs == (tmp_path / "a.txt", tmp_path / "b.txt")
     assert (job.minutes, job.seed, job.raw, job.held_out) == (3.0, 7, True, None)
+    assert not job.early_exit
     # Three layers: an eighth is one.
     assert job.layers == 1
     assert "draft of 1 layers" in made.output
+
+
+def test_an_early_exit_reaches_the_job(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+
+    def distill(job: Any, say: Any) -> dict[str, Any]:
+        jobs.append(job)
+        return report()
+
+    monkeypatch.setattr(distill_run, "distill", distill)
+    made = run("--model", model, "--out", tmp_path / "o", "--early-exit", "--layers", 2)
+    assert made.exit_code == 0, made.output
+    assert [(job.early_exit, job.layers) for job in jobs] == [(True, 2)]
 
 
 def test_the_table() -> None:
@@ -86,6 +102,8 @@ def test_the_table() -> None:
 
 def test_default_layers() -> None:
     assert [default_layers(total) for total in (2, 18, 30, 80)] == [1, 2, 4, 10]
+    assert default_layers(2, early_exit=True) == 2
+    assert default_layers(80, early_exit=True) == 10
 
 
 def test_refusals_are_one_line(model: Path, tmp_path: Path) -> None:

@@ -98,6 +98,21 @@ def test_a_draft_is_made(job: Job) -> None:
     assert report["training"]["seconds"] >= report["training"]["budget_seconds"] > 0
 
 
+def test_an_early_exit_is_the_target_up_to_its_last_layer(job: Job) -> None:
+    report = made(dataclasses.replace(job, early_exit=True))
+    assert report["settings"]["taken_layers"] == [0, 2]
+    target, draft = weights(job.target), weights(job.out)
+    lower = [name for name in draft if "layers.0." in name]
+    assert lower
+    assert all(torch.equal(draft[name], target[name]) for name in lower)
+    adapter = [name for name in draft if "layers.1." in name]
+    assert not any(
+        torch.equal(draft[name], target[name.replace("layers.1.", "layers.2.")]) for name in adapter
+    )
+    with pytest.raises(DistillError, match="early_exit: True there, False now"):
+        made(job)
+
+
 def test_killed_anywhere_the_same_command_goes_on(job: Job, tmp_path: Path) -> None:
     """The draft is bit for bit that of an uninterrupted run."""
     whole = made(job)

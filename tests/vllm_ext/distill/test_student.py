@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.student import (
     check_target,
+    early_exit,
     head_logits,
     load_target,
     make_student,
@@ -37,6 +38,17 @@ def test_as_many_layers_as_the_target_are_refused(layers: int) -> None:
         spread(layers, 30)
 
 
+def test_an_early_exit_has_the_lowest_layers_and_an_adapter() -> None:
+    assert early_exit(2, 3) == [0, 2]
+    assert early_exit(4, 30) == [0, 1, 2, 29]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 30])
+def test_an_early_exit_without_a_layer_of_the_target_is_refused(layers: int) -> None:
+    with pytest.raises(DistillError, match="give 2 to 29"):
+        early_exit(layers, 30)
+
+
 def test_a_student_of_all_layers_is_the_target(target: Any) -> None:
     student = make_student(target, [0, 1, 2])
     torch.testing.assert_close(student(TOKENS).logits, target(TOKENS).logits, rtol=0, atol=0)
@@ -53,6 +65,19 @@ def test_only_layers_and_norm_learn_and_nothing_is_shared(target: Any) -> None:
     assert "model.norm.weight" in learning
     theirs = {p.data_ptr() for p in target.parameters()}
     assert not theirs & {p.data_ptr() for p in student.parameters()}
+
+
+def test_frozen_layers_do_not_learn(target: Any) -> None:
+    student = make_student(target, [0, 2], frozen=1)
+    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert learning == {
+        name
+        for name, _ in student.named_parameters()
+        if ".layers.1." in name or "model.norm" in name
+    }
+    student(TOKENS).logits.sum().backward()
+    assert student.model.layers[0].mlp.up_proj.weight.grad is None
+    assert student.model.layers[1].mlp.up_proj.weight.grad is not None
 
 
 def test_the_saved_draft_loads_and_has_the_tokenizer(
