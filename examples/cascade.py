@@ -9,8 +9,8 @@ each draft reads the answers once, which tells its best token and its confidence
 Then decoding with chains is replayed. A step drafts token by token: the small draft is asked, and
 where its confidence is under `unsure` the large one too, whose token is taken; the chain ends where
 the product of confidences falls under `stop`. Time is counted in measured passes (bfloat16, one
-token each; the target by its number of rows). The two thresholds are chosen on every other answer
-and judged on the rest.
+token each; the target by its number of rows): torch's, unless those that an engine logged at start
+are given. The two thresholds are chosen on every other answer and judged on the rest.
 
 What the replay gives the cascade for nothing: the large draft's catching up on tokens that it was
 not asked about, and a switch between models. `oracle` knows where the small draft is wrong.
@@ -85,8 +85,22 @@ def pass_ms(model: Any, rows: int, vocab: Sequence[int] | None = None, repeats: 
         hidden = model.model(read, past_key_values=cache).last_hidden_state
         torch.nn.functional.linear(hidden, weight).argmax(-1).tolist()
         times.append(time.perf_counter() - begin)
-        cache.crop(256)
+        cache.crop(-rows)
     return 1e3 * float(np.median(times))
+
+
+def logged(curve: str) -> tuple[float, ...]:
+    """Milliseconds by rows, from 1 to `MOST` + 1, of a curve as the engine logs it.
+
+    Args:
+        curve: such as "1: 24.1, 4: 27.3, 16: 41.0".
+
+    Raises:
+        ValueError: it is no such curve.
+    """
+    points = sorted((int(rows), float(ms)) for rows, ms in (p.split(":") for p in curve.split(",")))
+    rows, times = zip(*points, strict=True)
+    return tuple(np.interp(range(1, MOST + 2), rows, times).tolist())
 
 
 def replay(
@@ -175,6 +189,12 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, type=Path)
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--engine-ms",
+        nargs=3,
+        metavar=("SMALL", "LARGE", "TARGET"),
+        help="passes as an engine logged them: of the drafts, and the target's curve by rows",
+    )
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
 
@@ -195,11 +215,15 @@ def main() -> None:
         for name, folder in folders.items()
         for path in (draft_vocab.path_of(None, folder),)
     }
-    costs = Costs(
-        pass_ms(models["small"], 1, vocabs["small"]),
-        pass_ms(models["large"], 1, vocabs["large"]),
-        tuple(pass_ms(models["target"], rows) for rows in range(1, MOST + 2)),
-    )
+    if args.engine_ms is None:
+        costs = Costs(
+            pass_ms(models["small"], 1, vocabs["small"]),
+            pass_ms(models["large"], 1, vocabs["large"]),
+            tuple(pass_ms(models["target"], rows) for rows in range(1, MOST + 2)),
+        )
+    else:
+        small, large, curve = args.engine_ms
+        costs = Costs(float(small), float(large), logged(curve))
     ends = [tokenizer.eos_token_id]
     texts, _ = answers(models["target"], prompts, ends, args.max_tokens, 0, lambda count: None)
     both = [
@@ -214,6 +238,7 @@ def main() -> None:
         "layers": {name: model.config.num_hidden_layers for name, model in models.items()},
         "texts": len(texts),
         "tokens": sum(len(text.answer) for text in texts),
+        "passes": "torch" if args.engine_ms is None else "logged by an engine",
         "milliseconds": {"small": costs.small, "large": costs.large, "target": costs.target},
         "agreement": {
             name: float(np.concatenate([pair[i].right for pair in both]).mean())

@@ -32,6 +32,14 @@ def costs(cascade: ModuleType) -> Any:
     return cascade.Costs(1.0, 10.0, tuple(100.0 + rows for rows in range(cascade.MOST + 1)))
 
 
+def test_a_curve_as_the_engine_logs_it(cascade: ModuleType) -> None:
+    found = cascade.logged("1: 20.0, 3: 24.0, 16: 50.0")
+    assert len(found) == cascade.MOST + 1
+    assert found[:4] == pytest.approx((20, 22, 24, 26))
+    with pytest.raises(ValueError, match="unpack"):
+        cascade.logged("20.0")
+
+
 def test_by_hand(cascade: ModuleType, costs: Any) -> None:
     small = guesses(cascade, [0.9, 0.3, 0.9, 0.9], [1, 0, 1, 1])
     large = guesses(cascade, [0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1])

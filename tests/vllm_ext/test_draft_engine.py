@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.vllm_ext.engine import VOCAB, make_engine, make_tiny_model, prompts, texts
-from tests.vllm_ext.test_engine import params
+from tests.vllm_ext.test_engine import CASES, PROCESSORS, params
 from vllm_ext.draft_vocab import FILE, save
 
 pytestmark = pytest.mark.engine
@@ -53,7 +53,7 @@ def shut(engine: Any) -> None:
 
 @pytest.fixture(scope="module")
 def plain(model: Path) -> Iterator[Any]:
-    engine = make_engine(model, None, max_num_batched_tokens=1024)
+    engine = make_engine(model, None, logits_processors=PROCESSORS, max_num_batched_tokens=1024)
     yield engine
     shut(engine)
 
@@ -61,7 +61,8 @@ def plain(model: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def self_drafting(model: Path) -> Iterator[Any]:
     """The target as its own draft model, without other sources."""
-    engine = make_engine(model, {**LARGE, "model": str(model), "sources": []})
+    speculative = {**LARGE, "model": str(model), "sources": []}
+    engine = make_engine(model, speculative, logits_processors=PROCESSORS)
     yield engine
     shut(engine)
 
@@ -124,16 +125,17 @@ def test_requests_that_draft_now_and_then(plain: Any, self_drafting: Any) -> Non
     assert texts(self_drafting, requests, each) == texts(plain, requests, params(**GREEDY))
 
 
-def test_seeded_and_constrained_text_is_the_same(plain: Any, self_drafting: Any) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_every_feature(plain: Any, self_drafting: Any, name: str) -> None:
     requests = prompts(6, seed=5)
-    choice = {
-        "structured_outputs": {"choice": ["alpha", "alpine", "beta"]},
-        "detokenize": True,
-    }
-    for case in (SEEDED, {"temperature": 1.0, "seed": 4, "top_k": 5}, choice):
-        assert texts(self_drafting, requests, params(**case)) == texts(
-            plain, requests, params(**case)
-        )
+    case = params(**CASES[name])
+    assert texts(self_drafting, requests, case) == texts(plain, requests, case)
+
+
+def test_every_feature_in_one_batch(plain: Any, self_drafting: Any) -> None:
+    mixed = [params(**options) for name, options in CASES.items() if name != "n"]
+    requests = prompts(len(mixed), seed=14)
+    assert texts(self_drafting, requests, mixed) == texts(plain, requests, mixed)
 
 
 def test_finished_requests_are_forgotten(self_drafting: Any) -> None:
