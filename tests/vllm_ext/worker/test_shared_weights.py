@@ -75,6 +75,16 @@ def test_what_differs_is_not_shared(change: str) -> None:
     assert share_equal_weights(whole, Decoder(1, seed=0)) == size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_any_dtype(dtype: torch.dtype) -> None:
+    target, draft = Decoder(1, seed=0), Decoder(1, seed=0)
+    for model in (target, draft):
+        for name, parameter in list(model.layers[0].named_parameters()):
+            whole = torch.nn.Parameter((8 * parameter).to(dtype), requires_grad=False)
+            setattr(model.layers[0], name, whole)
+    assert share_equal_weights(draft.layers, target.layers) == dtype.itemsize * (WIDTH**2 + WIDTH)
+
+
 def test_weights_that_a_kernel_took_away_are_not_compared() -> None:
     target, draft = Decoder(1, seed=0), Decoder(1, seed=0)
     for model in (target, draft):
