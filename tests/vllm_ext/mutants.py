@@ -43,7 +43,7 @@ def _one_wrong_slot(step: Any, paths: Any, layers: Any, slot_mappings: Any) -> N
     ORIGINALS["commit"](step, paths, layers, shifted)
 
 
-def _compiled() -> set[str]:
+def compiled_kernels() -> set[str]:
     """Numba's kernels of ours and the sorts of arguments for which they are compiled."""
     return {
         f"{name}.{function}{signature}"
@@ -63,12 +63,12 @@ class MutantWorker(TreeCPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         """Stock, and remember what was compiled until then."""
         made = super().compile_or_warm_up_model()
-        self._compiled_at_start = _compiled()
+        self._compiled_at_start = compiled_kernels()
         return made
 
     def compiled_kernels(self) -> tuple[list[str], list[str]]:
         """Those compiled at start, and those compiled while requests waited."""
-        return sorted(self._compiled_at_start), sorted(_compiled() - self._compiled_at_start)
+        return sorted(self._compiled_at_start), sorted(compiled_kernels() - self._compiled_at_start)
 
     def record_states(self) -> None:
         """Keep what the drafter sees of hidden states, with the text at that time."""

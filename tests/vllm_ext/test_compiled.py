@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from vllm_ext.compiled import LOWEST, bits_of, exp, exponentiate, highest_of, number_of
 
@@ -61,3 +62,17 @@ def _compiled():  # type: ignore[no-untyped-def]
 
 
 _there_and_back, _bits = _compiled()
+
+
+def test_what_is_compiled_anew_is_seen() -> None:
+    """Control of the engine test that nothing is compiled while requests wait."""
+    pytest.importorskip("vllm")
+    from tests.vllm_ext.mutants import compiled_kernels
+
+    values = np.zeros(8, np.float32)
+    highest_of(values, 0, 4)
+    before = compiled_kernels()
+    highest_of(values, 0, 8)
+    assert compiled_kernels() == before
+    highest_of(values[::2], 0, 4)  # another sort of array
+    assert any("highest_of" in kernel for kernel in compiled_kernels() - before)

@@ -128,8 +128,10 @@ def test_requests_that_draft_now_and_then(plain: Any, self_drafting: Any) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_every_feature(plain: Any, self_drafting: Any, name: str) -> None:
     requests = prompts(6, seed=5)
-    case = params(**CASES[name])
-    assert texts(self_drafting, requests, case) == texts(plain, requests, case)
+    made, counts = watched(self_drafting, requests, CASES[name])
+    assert made == texts(plain, requests, params(**CASES[name]))
+    # Too short, or all that a random model drafts is what the grammar forbids.
+    assert counts["trees"] or name in {"one_token", "two_tokens", "choice_seeded"}
 
 
 def test_every_feature_in_one_batch(plain: Any, self_drafting: Any) -> None:

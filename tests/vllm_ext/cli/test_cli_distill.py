@@ -49,16 +49,20 @@ def report() -> dict[str, Any]:
     }
 
 
-def test_the_options_reach_the_job(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = []
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The jobs that would have been done."""
+    found: list[Any] = []
 
     def distill(job: Any, say: Any) -> dict[str, Any]:
-        jobs.append(job)
+        found.append(job)
         return report()
 
     monkeypatch.setattr(distill_run, "distill", distill)
+    return found
+
+
+def test_the_options_reach_the_job(model: Path, tmp_path: Path, jobs: list[Any]) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
     made = run(
@@ -76,16 +80,7 @@ def test_the_options_reach_the_job(
     assert "draft of 1 layers" in made.output
 
 
-def test_an_early_exit_reaches_the_job(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = []
-
-    def distill(job: Any, say: Any) -> dict[str, Any]:
-        jobs.append(job)
-        return report()
-
-    monkeypatch.setattr(distill_run, "distill", distill)
+def test_an_early_exit_reaches_the_job(model: Path, tmp_path: Path, jobs: list[Any]) -> None:
     made = run("--model", model, "--out", tmp_path / "o", "--early-exit", "--layers", 2)
     assert made.exit_code == 0, made.output
     assert [(job.early_exit, job.layers) for job in jobs] == [(True, 2)]
