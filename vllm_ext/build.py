@@ -36,6 +36,7 @@ from proposers.trigram_store import TrigramStore
 from vllm_ext.head import HEADS
 from vllm_ext.identity import local_folder, tokenizer_hash
 from vllm_ext.method_options import (
+    TRIGRAMS,
     AdedConfig,
     DySpecConfig,
     PearlConfig,
@@ -46,8 +47,6 @@ from vllm_ext.method_options import (
 from vllm_ext.methods import OptionError
 from vllm_ext.model_files import OFF
 from vllm_ext.prime import TABLES
-
-_TRIGRAMS = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,7 @@ class Resources:
         prime: the primed bigrams, if there are any.
         head: the draft head, if there is one.
         datastore: the opened datastore, if one is configured.
+        trigrams: contexts that the source of that name remembers.
         plugins: sources of other packages that the options name.
         failed: names of the sources that are disabled, see `proposers.guard`.
     """
@@ -69,6 +69,7 @@ class Resources:
     prime: PrimeTable | None = None
     head: HydraHead | None = None
     datastore: Datastore | None = None
+    trigrams: int = TRIGRAMS
     plugins: Registry = field(default_factory=lambda: Registry(BUILT_IN))
     failed: set[str] = field(default_factory=set)
 
@@ -76,7 +77,7 @@ class Resources:
 BUILT_IN: dict[str, Callable[[Resources], Source]] = {
     "suffix": lambda r: SuffixSource(r.vocab_size),
     "copy": lambda r: CopySource(r.vocab_size),
-    "trigram": lambda r: TrigramRecycling(_TRIGRAMS),
+    "trigram": lambda r: TrigramRecycling(r.trigrams),
     "bigram": lambda r: BigramRecycling(r.vocab_size, prime=r.prime),
     "store": lambda r: TrigramStore(r.vocab_size),
     "jacobi": lambda r: JacobiSource(),
@@ -108,6 +109,7 @@ def load_resources(options: TreeConfig, model_config: Any, download_dir: str | N
         prime=TABLES.for_engine(getattr(options, "prime", OFF), model_config, download_dir),
         head=HEADS.for_engine(getattr(options, "head", OFF), model_config, download_dir),
         datastore=_datastore(options, model_config, download_dir),
+        trigrams=getattr(options, "trigrams", TRIGRAMS),
         plugins=plugin_registry(_names(options)),
     )
 

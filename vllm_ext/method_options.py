@@ -55,6 +55,15 @@ _DATASTORE_FOLDER = (
     "folder of a datastore of `vllm-ext datastore build`; it must not be changed while it is used"
 )
 _DATASTORE: Any = Field(default=None, description=_DATASTORE_FOLDER)
+TRIGRAMS = 2**18
+_TRIGRAMS: Any = Field(
+    default=TRIGRAMS,
+    ge=1,
+    le=2**24,
+    description="how many pairs of tokens the source trigram remembers the target's candidates "
+    "after, the oldest are dropped first; about 0.25 kB each, for each LoRA adapter (the last "
+    "eight)",
+)
 _PAST_OUTPUTS: Any = Field(
     default=0,
     ge=0,
@@ -142,6 +151,7 @@ class MixtureConfig(DraftWeightsConfig):
     )
     prime: str = _PRIME
     head: str = _HEAD
+    trigrams: int = _TRIGRAMS
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
 
@@ -216,6 +226,7 @@ class PearlConfig(DraftModelConfig):
         "nothing",
     )
     prime: str = _PRIME
+    trigrams: int = _TRIGRAMS
 
 
 class RasdConfig(DraftModelConfig):
@@ -235,6 +246,7 @@ class RasdConfig(DraftModelConfig):
         description="retrieved continuations must begin with one of the draft's k likeliest tokens",
     )
     prime: str = _PRIME
+    trigrams: int = _TRIGRAMS
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
 

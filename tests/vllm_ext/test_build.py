@@ -286,6 +286,29 @@ def test_hashes_depend_on_content_alone(tmp_path: Path) -> None:
         tokenizer_hash(tmp_path / "a")
 
 
+@pytest.mark.parametrize("method", ["dyspec", "rasd"])
+def test_the_trigram_table_keeps_as_many_contexts_as_it_is_told(model: Any, method: str) -> None:
+    def remembered(**given: Any) -> int:
+        made = drafter(model, method, prime="off", **given)
+        rows = VerifiedRows(
+            np.array([text("ab"), text("cd"), text("ef")], np.int64),
+            np.array([text("xy")] * 3, np.int64),
+            np.full((3, 2), 0.4, np.float32),
+            np.zeros(3, np.int64),
+        )
+        made.observe(rows)
+        found = 0
+        for name in ("zab", "zcd", "zef"):
+            made.start(name, text(name), greedy=True)
+            (tree,) = made.propose([name])
+            found += {ord("x"), ord("y")} <= set(tree.tokens)
+        return found
+
+    key = "draft" if method == "rasd" else "sources"
+    assert remembered(**{key: ["trigram"]}) == 3
+    assert remembered(**{key: ["trigram"], "trigrams": 2}) == 2
+
+
 FENCED: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("dyspec", {"sources": [name]}) for name in BUILT_IN},
     "datastore": ("dyspec", {"sources": ["suffix"], "datastore": True}),

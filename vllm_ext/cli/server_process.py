@@ -76,15 +76,18 @@ class ServerProcess:
         self._failed = False
         command = serve_command(config.llm, chosen, name)
         with os.fdopen(handle, "wb") as log:
-            # A session of its own: Ctrl-C reaches the parent only, which then stops it with its
-            # workers.
+            # A group of its own: Ctrl-C reaches the parent only, which then stops it with its
+            # workers. Not a session of its own: Linux shares cores out between sessions first
+            # (sched_autogroup), and where the server's processes poll on every core a client in
+            # another session has been seen to wait for seconds, unable to read or to hang up.
             try:
                 self._process = subprocess.Popen(
                     command,
+                    stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **config.env},
-                    start_new_session=True,
+                    process_group=0,
                 )
             except OSError as error:
                 self.log.unlink()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -68,6 +69,10 @@ def test_a_server_is_ready_when_started_and_gone_when_closed() -> None:
         assert "FLAG=set" in server.log.read_text()
         worker = worker_of(server.log)
         assert alive(worker)
+        # A session of its own would take the clients' turn on busy cores, and a shared group
+        # would send a Ctrl-C to the server as well.
+        assert os.getsid(worker) == os.getsid(0)
+        assert os.getpgid(worker) != os.getpgid(0)
     assert ends(worker)
     assert not server.log.exists()
     server.close()  # a second time is harmless
