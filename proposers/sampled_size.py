@@ -16,6 +16,7 @@ included, if any are better than no draft.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,41 @@ class _Share:
     @property
     def value(self) -> float:
         return (self._hits + _PRIOR * self._first) / (self._count + _PRIOR)
+
+
+class AcceptanceByRank:
+    """How often the r-th draw at a node is the one accepted, for `sequoia.optimal_template`.
+
+    Args:
+        ranks: most draws at a node.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        # As if every draw were accepted when its turn comes with the same probability.
+        rejected = 1.0 - _FIRST_ACCEPTANCE
+        self._shares = [_Share(_FIRST_ACCEPTANCE * rejected**rank) for rank in range(ranks)]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """By rank, in hundredths, so that a shape lasts for a while; the sum is at most 1."""
+        means = [share.value for share in self._shares]
+        total = max(1.0, sum(means))
+        return tuple(math.floor(100.0 * mean / total) / 100.0 for mean in means)
+
+    def learn(self, accepted: int | None, draws: int) -> None:
+        """Tell what became of the draws at one visited node.
+
+        Args:
+            accepted: rank of the one that was accepted, if any was.
+            draws: made at the node.
+        """
+        for rank, share in enumerate(self._shares[:draws]):
+            share.add(float(rank == accepted), 1.0)
+
+    def forget(self) -> None:
+        """A step has passed."""
+        for share in self._shares:
+            share.forget()
 
 
 class SizeByExpectation:

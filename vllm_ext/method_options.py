@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 def _nodes(default: int) -> Any:
@@ -149,11 +149,24 @@ class MixtureConfig(DraftWeightsConfig):
         "Sampler's own draw, token by token as without speculation), or a rule that keeps more of "
         "drafts drawn from a draft model and keeps the law: swor, kseq, block",
     )
+    draw: Literal["beam", "constant", "sequoia", "dyspec"] = Field(
+        default="beam",
+        description="how trees are drawn for verify swor: beam (RSD-S, as many nodes on each "
+        "level), constant (RSD-C, branches at the root), sequoia (the best shape for the "
+        "acceptance measured by rank), dyspec (draws worth a threshold)",
+    )
     prime: str = _PRIME
     head: str = _HEAD
     trigrams: int = _TRIGRAMS
     datastore: str | None = _DATASTORE
     past_outputs_mib: int = _PAST_OUTPUTS
+
+    @field_validator("draw")
+    @classmethod
+    def _drawn_for_swor(cls, value: str, info: ValidationInfo) -> str:
+        if value != "beam" and info.data.get("verify", "swor") != "swor":
+            raise ValueError('it is for "verify": "swor"')
+        return value
 
 
 class DySpecConfig(MixtureConfig, DraftModelConfig):
@@ -216,7 +229,8 @@ class PearlConfig(DraftModelConfig):
     model: str = Field(
         min_length=1,
         description="draft model with the target's tokenizer, a folder or a name in the Hugging "
-        "Face cache; it runs beside the target",
+        "Face cache; it runs beside the target: on a core of its own, or on a stream of its own "
+        "on a GPU",
     )
     max_depth: int = _depth(16)
     min_probability: float = _MIN_PROBABILITY

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proposers.cost_model import CostModel
-from proposers.sampled_size import NO_TREE, Shape, SizeByExpectation
+from proposers.sampled_size import NO_TREE, AcceptanceByRank, Shape, SizeByExpectation
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 FREE = CostModel([(1, 1.0)], margin=0.0)
@@ -102,3 +102,31 @@ def test_draws_below_the_accepted_node_are_learned() -> None:
         rich.learn(2, False, width=4, level=0, draws=4)
     assert rich.expected(4, 4) > lean.expected(4, 4) + 0.1
     assert rich.expected(4, 1) == pytest.approx(lean.expected(4, 1))
+
+
+def test_acceptance_by_rank_is_learned_and_forgotten() -> None:
+    ranks = AcceptanceByRank(4)
+    first = ranks.values
+    assert list(first) == sorted(first, reverse=True)
+    assert sum(first) <= 1.0
+    for _ in range(300):
+        ranks.learn(1, draws=2)
+        ranks.learn(None, draws=3)
+    learned = ranks.values
+    # The second draw was taken every other time; no node had a fourth.
+    assert learned[1] == pytest.approx(0.5, abs=0.02)
+    assert learned[0] < 0.02
+    assert learned[3] == first[3]
+    assert sum(learned) <= 1.0
+    for _ in range(2000):
+        ranks.forget()
+    assert ranks.values == pytest.approx(first, abs=0.011)
+
+
+def test_acceptance_by_rank_is_that_of_exclusive_events() -> None:
+    """However it was learned: ranks that few nodes have keep more of their first value."""
+    ranks = AcceptanceByRank(8)
+    for _ in range(500):
+        ranks.learn(0, draws=1)
+    assert sum(ranks.values) <= 1.0
+    assert ranks.values[0] > 0.6

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from proposers.overlap import Overlap
 from proposers.pearl import Pearl
 from tests.vllm_ext.draft_worker import DraftWorker
 from vllm_ext.worker import draft_predictor
+from vllm_ext.worker.beside import BesideThread
+
+T = TypeVar("T")
 
 ORIGINALS: dict[str, Any] = {
     "plan": Pearl.plan,
@@ -37,8 +42,8 @@ class PearlWorker(DraftWorker):
         """Give the drafting thread a core, if need be the target's."""
         super().init_device()
         runner: Any = self.model_runner
-        if runner.spare_core is None:
-            runner.spare_core = max(os.sched_getaffinity(0))
+        if runner.place_beside is None:
+            runner.place_beside = BesideThread(max(os.sched_getaffinity(0)))
         Overlap.WORTH = -1.0
         Pearl.plan = _patient  # type: ignore[method-assign]
 
@@ -57,7 +62,39 @@ class PearlWorker(DraftWorker):
         """The drafting thread's core and affinity, and the target's."""
         runner: Any = self.model_runner
         return {
-            "core": runner.spare_core,
+            "core": runner.place_beside.core,
             "thread": sorted(runner._beside.submit(lambda: os.sched_getaffinity(0)).result()),
             "target": sorted(os.sched_getaffinity(0)),
         }
+
+
+class SerialPlace:
+    """Stands for a device's stream, on a CPU, whose kernels must not run side by side."""
+
+    where = "before it, in another thread"
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` to its end before the target begins."""
+        future = self._pool.submit(job)
+        wait([future])
+        return future
+
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
+
+class StreamWorker(PearlWorker):
+    """Passes of the draft model beside the target's as a GPU makes them, with stock attention."""
+
+    def init_device(self) -> None:
+        """As the base class, with another place."""
+        super().init_device()
+        self.model_runner.place_beside = SerialPlace()  # type: ignore[attr-defined]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class, with a draft model that takes this for a GPU."""
+        super().load_model(*args, **kwargs)
+        self.model_runner._draft_model._on_cpu = False  # type: ignore[attr-defined]

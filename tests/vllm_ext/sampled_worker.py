@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,9 +13,9 @@ from vllm_ext.worker import sampled_drafting as module
 from vllm_ext.worker import sampled_runner
 from vllm_ext.worker.sampled_drafting import SampledDrafting
 
-ORIGINALS = {
+ORIGINALS: dict[str, Any] = {
     "swor": swor,
-    "grow": dict(module._GROW),
+    "growth": SampledDrafting._growth,
     "stream": module._VERIFYING,
     "keeps_text": sampled_runner._keeps_text,
     "verification": SampledDrafting.verification,
@@ -33,8 +32,8 @@ class _Likeliest:
         return 0.5
 
 
-def _named(grow: Any) -> Callable[..., Any]:
-    return lambda tree, width, depth, chance: grow(tree, width, depth, _Likeliest())
+def _named(self: Any, tree: Any, width: int, depth: int, room: int, chance: Any) -> Any:
+    return ORIGINALS["growth"](self, tree, width, depth, room, _Likeliest())
 
 
 def _best_first(p: Any, q: Any, drawn: Any, chance: Any) -> int:
@@ -48,23 +47,23 @@ def _another_law(self: Any, *args: Any, **kwargs: Any) -> Any:
             node: type(law).of(law.tokens, np.ones_like(law.probs))
             for node, law in drawn.tree.laws.items()
         }
-    return ORIGINALS["verification"](self, *args, **kwargs)  # type: ignore[operator]
+    return ORIGINALS["verification"](self, *args, **kwargs)
 
 
 class SampledWorker(DraftWorker):
     """The real worker, plus what the tests ask it."""
 
     def set_rule(self, rule: str, broken: str = "none") -> None:
-        """Verify by `rule` from here on, with one thing broken."""
+        """Verify by `rule` from here on, or by swor with trees drawn so; with one thing broken."""
         runner: Any = self.model_runner
         patched: Any = module
         patched.swor = ORIGINALS["swor"]
-        patched._GROW = dict(ORIGINALS["grow"])  # type: ignore[call-overload]
+        SampledDrafting._growth = ORIGINALS["growth"]  # type: ignore[method-assign]
         patched._VERIFYING = ORIGINALS["stream"]
-        sampled_runner._keeps_text = ORIGINALS["keeps_text"]  # type: ignore[assignment]
-        SampledDrafting.verification = ORIGINALS["verification"]  # type: ignore[method-assign,assignment]
+        sampled_runner._keeps_text = ORIGINALS["keeps_text"]
+        SampledDrafting.verification = ORIGINALS["verification"]  # type: ignore[method-assign]
         if broken == "named":
-            patched._GROW = {name: _named(grow) for name, grow in patched._GROW.items()}
+            SampledDrafting._growth = _named  # type: ignore[method-assign]
         elif broken == "order":
             patched.swor = _best_first
         elif broken == "stream":
@@ -75,7 +74,10 @@ class SampledWorker(DraftWorker):
             sampled_runner._keeps_text = lambda processor, row: False
         elif broken != "none":
             raise ValueError(broken)
-        runner._options = runner._options.model_copy(update={"verify": rule})
+        named = {"verify": rule, "draw": "beam"}
+        drawn = {"verify": "swor", "draw": rule}
+        chosen = named if rule in get_args(module.Rule) else drawn
+        runner._options = runner._options.model_copy(update=chosen)
         runner._sampled = runner._new_sampled()
 
     def teach_draft(self) -> None:

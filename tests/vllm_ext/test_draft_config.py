@@ -162,6 +162,11 @@ def test_options_of_a_draft_model_without_one(target: Path) -> None:
 def test_rules_of_verification(target: Path, draft: Path) -> None:
     for rule in ("match", "swor", "kseq", "block"):
         check(target, draft, verify=rule)
+    for way in ("constant", "sequoia", "dyspec"):
+        assert parse_options(METHODS["dyspec"], {"verify": "swor", "draw": way}).draw == way
+        for rule in ("match", "kseq", "block"):
+            with pytest.raises(OptionError, match=rf"'draw' given as '{way}'.*\"swor\""):
+                parse_options(METHODS["dyspec"], {"verify": rule, "draw": way})
     with pytest.raises(OptionError, match=r"'verify' given as 'ratio'.*'swor'"):
         check(target, draft, verify="ratio")
 

@@ -144,6 +144,25 @@ def test_preempted_requests(plain: Any, model: Path) -> None:
         shut(tight)
 
 
+def test_passes_as_a_gpu_makes_them(
+    plain: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the target with attention metadata of vLLM's builders, in a context of their own."""
+    worker = "tests.vllm_ext.pearl_worker.StreamWorker"
+    monkeypatch.setattr("vllm_ext.config.CPU_WORKER", worker)
+    engine = make_engine(model, {**OPTIONS, "model": str(model)})
+    try:
+        for requests in (prompts(4, seed=3), long_prompts(4)):
+            made, counts = counted(engine, requests, GREEDY)
+            assert made == texts(plain, requests, params(**GREEDY))
+            assert counts["errors"] == 0
+            assert counts["inside"] <= 1  # kernels differ in rounding: a tie may fall either way
+            assert counts["steps"] > 3
+            assert counts["requests"] - counts["hits"] <= len(requests) + 1
+    finally:
+        shut(engine)
+
+
 def test_another_model_drafts(plain: Any, model: Path, tmp_path: Path) -> None:
     """Other weights, fewer layers, other heads, sized by cost, with other sources beside it."""
     draft = make_tiny_model(

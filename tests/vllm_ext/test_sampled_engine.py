@@ -25,6 +25,7 @@ p_value = load_example("walk_law").p_value
 pytestmark = pytest.mark.engine
 
 RULES = ["swor", "kseq", "block"]
+DRAWS = ["constant", "sequoia", "dyspec"]  # for swor, beside the default
 PROMPT = prompts(1, seed=5, longest=12)[0]["prompt_token_ids"]
 TOP, LENGTH = 3, 4  # tokens that may follow, and tokens of an answer
 SAMPLED = {"temperature": 1.0, "top_k": TOP, "max_tokens": LENGTH, "ignore_eos": True}
@@ -129,7 +130,7 @@ def use(engine: Any, rule: str, broken: str = "none") -> None:
     engine.collective_rpc("watch_drafts")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + DRAWS)
 def test_law_is_the_targets(
     engines: tuple[Any, Any], joint: dict[tuple[int, ...], float], rule: str
 ) -> None:
@@ -156,6 +157,8 @@ def test_law_is_the_targets(
         ("block", "law"),
         ("kseq", "stream"),
         ("swor", "order"),
+        ("sequoia", "named"),
+        ("dyspec", "order"),
     ],
 )
 def test_what_breaks_the_law_shows(

@@ -168,9 +168,17 @@ class BesideThread:
             initargs=(core,),
         )
 
+    @property
+    def where(self) -> str:
+        """For the log."""
+        return f"on core {self.core}"
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Run ``job`` in the thread."""
         return self._pool.submit(job)
+
+    def finish(self) -> None:
+        """Nothing to wait for: what the calling thread has started on a CPU, it has done."""
 
 
 def _settle(core: int) -> None:

@@ -19,7 +19,7 @@ from vllm_ext import hooks
 from vllm_ext.attention.setup import describe_tree_attention, set_up_tree_attention
 from vllm_ext.attention.timing import time_attention
 from vllm_ext.config import read_cores
-from vllm_ext.worker.beside import free_cores
+from vllm_ext.worker.beside import BesideThread, free_cores
 from vllm_ext.worker.runner import TreeRunnerMixin
 
 logger = init_logger("vllm.vllm_ext")
@@ -59,8 +59,9 @@ class TreeCPUWorker(CPUWorker):
             super().init_device()
         runner: Any = self.model_runner
         free = free_cores(read_cores(self.vllm_config))
-        runner.spare_core = max(free, default=None)
-        runner.why_no_spare_core = (
+        if free:
+            runner.place_beside = BesideThread(max(free))
+        runner.why_no_place = (
             "the engine's threads take all cores that it may use; reserve one by "
             "VLLM_CPU_NUM_OF_RESERVED_CPU=1 or VLLM_CPU_OMP_THREADS_BIND"
         )

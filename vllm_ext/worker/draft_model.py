@@ -32,6 +32,7 @@ from vllm_ext.draft_config import check_memory, draft_model_config, draft_vocab
 from vllm_ext.identity import local_folder
 from vllm_ext.methods import OptionError
 from vllm_ext.worker.beside import lay_out, own_context, reentrant_layers, why_not_reentrant
+from vllm_ext.worker.beside_stream import why_not_on_stream
 from vllm_ext.worker.narrow_head import Logits, NarrowError, narrow
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.shared_weights import share_equal_weights
@@ -72,7 +73,8 @@ class DraftModel:
     Args:
         runner: the model runner, whose target is loaded.
         options: of the method.
-        beside: whether passes may run beside the target's, in another thread.
+        beside: whether passes may run beside the target's: in another thread, on a GPU by a
+            stream of their own.
 
     Raises:
         OptionError: the weights do not fit, or vLLM cannot load them.
@@ -91,6 +93,8 @@ class DraftModel:
     def __init__(self, runner: Any, options: Any, *, beside: bool = False) -> None:
         target: Any = runner.vllm_config
         self._runner = runner
+        self._on_cpu = runner.device.type == "cpu"
+        beside = beside and self._on_cpu  # elsewhere the layers are the same
         config = draft_model_config(options, target.model_config)
         folder = local_folder(options.model, None, target.load_config.download_dir)
         check_memory(folder, _free_memory(runner.device))
@@ -196,7 +200,7 @@ class DraftModel:
 
     def why_not_beside(self) -> str | None:
         """Why its passes cannot run beside the target's, or ``None`` if they can."""
-        return why_not_reentrant(self._model)
+        return why_not_reentrant(self._model) if self._on_cpu else why_not_on_stream(self._model)
 
     @torch.inference_mode()
     def run(
@@ -219,16 +223,20 @@ class DraftModel:
         starts = np.zeros(len(parts) + 1, np.int32)
         starts[1:] = np.cumsum([len(part.tokens) for part in parts])
         tokens = np.concatenate([np.asarray(part.tokens, np.int64) for part in parts])
-        step = _step(parts, starts, always=beside)
+        by_trees = beside and self._on_cpu
+        step = _step(parts, starts, always=by_trees)
         positions, slots = self._places(parts, step)
         mapping = dict.fromkeys(self.layers, torch.from_numpy(slots).to(device))
         inputs = torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device)
-        if beside:
+        if by_trees:
             assert step is not None
-            with own_context(self._config, self._tree_metadata(parts, step), mapping):
-                hidden = self._forward(*inputs)
+            metadata = self._tree_metadata(parts, step)
         else:
             metadata = self._metadata(parts, starts, positions, slots, step)
+        if beside:
+            with own_context(self._config, metadata, mapping):
+                hidden = self._forward(*inputs)
+        else:
             hidden = self._hidden(*inputs, metadata, mapping)
         wanted = [
             np.arange(end - part.wanted, end) for part, end in zip(parts, starts[1:], strict=True)

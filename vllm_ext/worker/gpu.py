@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from proposers.cost_model import AttentionCost
 from proposers.merging import WIDTH
 from vllm_ext import hooks
+from vllm_ext.worker.beside_stream import BesideStream
 from vllm_ext.worker.device_walk import DeviceWalk, chunk_rows, to_host
 from vllm_ext.worker.drafting import Candidates
 from vllm_ext.worker.observe import top_candidates
@@ -125,6 +126,8 @@ class TreeGPUWorker(Worker):
             register_tree_backends()
         with _runner_class(TreeGPUModelRunner):
             super().init_device()
+        runner: Any = self.model_runner
+        runner.place_beside = BesideStream(self.device)
 
     def compile_or_warm_up_model(self) -> Any:
         """Stock; then check tree attention on this machine and measure the cost of rows."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vllm.logger import init_logger
 
@@ -20,30 +20,46 @@ from proposers.pearl import Pearl, Tally
 from proposers.tree import TokenTree
 from vllm_ext import hooks
 from vllm_ext.method_options import PearlConfig
-from vllm_ext.worker.beside import BesideThread, per_thread_context
+from vllm_ext.worker.beside import per_thread_context
 from vllm_ext.worker.draft_runner import DraftModelMixin
 from vllm_ext.worker.trace import Trace
 
 logger = init_logger("vllm.vllm_ext")
+
+T = TypeVar("T")
+
+
+class Beside(Protocol):
+    """Where a pass can run beside the target's: `BesideThread` or `BesideStream`."""
+
+    @property
+    def where(self) -> str:
+        """For the log."""
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run `job` there."""
+
+    def finish(self) -> None:
+        """Wait until what the calling thread has started has been computed."""
 
 
 class PearlMixin(DraftModelMixin):
     """Goes before a V1 runner class in the bases of a subclass.
 
     Attributes:
-        spare_core: a core that the target leaves free, or ``None``.
-        why_no_spare_core: the reason then.
+        place_beside: where passes beside the target's may run, or ``None``.
+        why_no_place: the reason then.
     """
 
-    spare_core: int | None = None
-    why_no_spare_core = "drafting beside the target is for the CPU engine"
+    place_beside: Beside | None = None
+    why_no_place = "this engine has no place beside the target"
 
     _pearl: Pearl | None = None
-    _beside: BesideThread | None = None
+    _beside: Beside | None = None
     _drafted: Future[float] | None = None
 
     def _beside_wanted(self: Any) -> bool:
-        return isinstance(self._options, PearlConfig) and self.spare_core is not None
+        return isinstance(self._options, PearlConfig) and self.place_beside is not None
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         """As the base class, once it is clear that models can run side by side."""
@@ -56,18 +72,19 @@ class PearlMixin(DraftModelMixin):
         super().start_draft_model(prior)
         if not isinstance(self._options, PearlConfig):
             return
-        reason = self.why_no_spare_core if self.spare_core is None else self.trees_refused
+        place: Beside | None = self.place_beside
+        reason = self.why_no_place if place is None else self.trees_refused
         reason = reason or self._draft_model.why_not_beside()
         self._pearl = Pearl(
             self._predictor,
             most=self._options.max_depth,
             overlap=Overlap() if reason is None else None,
         )
-        if reason is None:
-            self._beside = BesideThread(self.spare_core)
+        if reason is None and place is not None:
+            self._beside = place
             self._alone = CostModel(prior)
             self._trace = self._draft_model.trace = Trace.from_environment()
-            where = f"beside the target, on core {self.spare_core}"
+            where = f"beside the target, {place.where}"
         else:
             where = f"in line ({reason})"
         logger.info("vllm-ext: PEARL drafts %s", where)
@@ -96,6 +113,7 @@ class PearlMixin(DraftModelMixin):
         begin = time.perf_counter()
         if not planned:
             output = super()._model_forward(*args, **kwargs)  # type: ignore[misc]
+            self._beside.finish()
             end = time.perf_counter()
             self._alone.record(rows, end - begin)
             self._trace.span("target", begin, end, rows=rows)
@@ -105,6 +123,7 @@ class PearlMixin(DraftModelMixin):
             future = self._beside.submit(partial(pearl.draft, ended.is_set))
             try:
                 output = super()._model_forward(*args, **kwargs)  # type: ignore[misc]
+                self._beside.finish()  # drafting goes on while a device still works for the target
                 self._trace.span("target", begin, time.perf_counter(), rows=rows)
             finally:
                 ended.set()

@@ -10,32 +10,36 @@ that got no row.
 =====  ===============================  ==============
 rule   drawn by                         verified by
 =====  ===============================  ==============
-swor   `rsd.grow_stochastic_beam`       `verify_swor`
+swor   by the option `draw`             `verify_swor`
 kseq   `spectr.grow_chains`             `verify_kseq`
 block  `specdec.grow_chain`             `verify_block`
 =====  ===============================  ==============
 
-Of the growers without replacement RSD-S is the one whose number of nodes per level, hence whose
-cost, is known before drawing; with a threshold (DySpec) it depends on how sure the draft happens to
-be.
+Without replacement a tree is drawn by RSD-S (`beam`), RSD-C with branches at the root (`constant`),
+in Sequoia's best shape for the acceptance measured by rank (`sequoia`), or as far as a draw is
+worth a threshold (`dyspec`). All have the nodes and levels that were decided on at most; that many
+on each level has `beam`, the default, alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from proposers.chance import Chance, request_dice
+from proposers.dyspec_sampled import grow_threshold
 from proposers.gate import RARELY, Gate
 from proposers.law import DraftLaw
 from proposers.levels import FAIR_DEBT, LevelNode
-from proposers.rsd import grow_stochastic_beam
-from proposers.sampled_size import NO_TREE, SizeByExpectation
+from proposers.rsd import grow_constant, grow_stochastic_beam
+from proposers.sampled_size import NO_TREE, AcceptanceByRank, SizeByExpectation
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
+from proposers.sequoia import grow_template, optimal_template
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
 from proposers.step_cost import StepCost
@@ -53,13 +57,9 @@ _DRAFTING, _VERIFYING = 0, 1  # streams of a request's dice
 _WIDTHS = (1, 2, 3, 4, 6, 8)
 
 Rule: TypeAlias = Literal["swor", "kseq", "block"]
-Grow: TypeAlias = Callable[[SampledTree, int, int, Chance], LevelwiseGrowth]
+Draw: TypeAlias = Literal["beam", "constant", "sequoia", "dyspec"]
 
-_GROW: dict[Rule, Grow] = {
-    "swor": grow_stochastic_beam,
-    "kseq": grow_chains,
-    "block": lambda tree, _, depth, chance: grow_chain(tree, 1.0, depth, chance),
-}
+_best_shape = lru_cache(maxsize=256)(optimal_template)
 
 
 class RowPredictor(Protocol):
@@ -113,6 +113,7 @@ class SampledDrafting:
     Args:
         rule: of verification.
         predictor: the draft model.
+        draw: how trees of the rule swor are drawn.
         seed: of the engine.
         max_depth: most levels of a tree.
         max_batch_nodes: most nodes of a step, as for named trees.
@@ -124,18 +125,21 @@ class SampledDrafting:
         rule: Rule,
         predictor: RowPredictor,
         *,
+        draw: Draw = "beam",
         seed: int,
         max_depth: int,
         max_batch_nodes: int,
         adaptive: bool,
     ) -> None:
         self._rule = rule
+        self._how = draw
         self._predictor = predictor
         self._seed = seed
         self._max_batch_nodes = max_batch_nodes
         self._adaptive = adaptive
         self._gate = Gate(patience=RARELY) if adaptive else None
         self._size = SizeByExpectation((1,) if rule == "block" else _WIDTHS, max_depth)
+        self._ranks = AcceptanceByRank(_WIDTHS[-1])
         self._drawn: dict[str, _Drawn] = {}
 
     def propose(
@@ -161,6 +165,7 @@ class SampledDrafting:
             cannot read them or does not pay, may have a named tree.
         """
         self._size.forget()
+        self._ranks.forget()
         for applicant in applicants:
             self._drawn.pop(applicant.request, None)
         budget = min(self._max_batch_nodes, most)
@@ -228,6 +233,7 @@ class SampledDrafting:
             drafted = [tree.tokens[child] for child in tree.draws.get(node, ())]
             if drafted:
                 accepted = token in drafted
+                self._ranks.learn(drafted.index(token) if accepted else None, len(drafted))
                 self._size.learn(
                     drafted.index(token) + 1 if accepted else len(drafted),
                     accepted,
@@ -250,11 +256,11 @@ class SampledDrafting:
             request, tree = applicant.request, SampledTree()
             wide = 1 if applicant.chain else min(width, applicant.limit)
             # The last level is not asked what follows it.
-            room = 1 + max(0, self._predictor.room(request)) // wide
-            deep = min(depth, applicant.limit // wide, room)
+            room = max(0, self._predictor.room(request))
+            deep = min(depth, applicant.limit // wide, 1 + room // wide)
             seed = self._seed_of(request, applicant.params)
             dice = request_dice(seed, applicant.position, _DRAFTING)
-            growths.append(_GROW[self._rule](tree, wide, deep, dice))
+            growths.append(self._growth(tree, wide, deep, room, dice))
             drawn.append(_Drawn(tree, applicant.position, wide))
 
         def laws(pairs: Sequence[tuple[int, int]]) -> list[DraftLaw]:
@@ -276,6 +282,31 @@ class SampledDrafting:
         for applicant, one in zip(readable, drawn, strict=True):
             self._drawn[applicant.request] = one
         return {a.request: d.tree.token_tree() for a, d in zip(readable, drawn, strict=True)}
+
+    def _growth(
+        self, tree: SampledTree, width: int, depth: int, room: int, dice: Chance
+    ) -> LevelwiseGrowth:
+        """A tree of at most `width` times `depth` nodes on `depth` levels.
+
+        Args:
+            tree: an empty tree, which is filled.
+            width: nodes per level; 1 is a chain, whoever draws it.
+            depth: levels.
+            room: nodes of which can be asked what follows; it suffices for all levels but one.
+            dice: decisions.
+        """
+        if self._rule == "block":
+            return grow_chain(tree, 1.0, depth, dice)
+        if self._rule == "kseq":
+            return grow_chains(tree, width, depth, dice)
+        if width == 1 or self._how == "beam":
+            return grow_stochastic_beam(tree, width, depth, dice)
+        if self._how == "constant":
+            return grow_constant(tree, (width, *[1] * (depth - 1)), dice)
+        size = width * depth if depth == 1 else min(width * depth, room)
+        if self._how == "sequoia":
+            return grow_template(tree, _best_shape(self._ranks.values, size, depth), dice)
+        return grow_threshold(tree, 1.0 / size, depth, size, dice)
 
     def _seed_of(self, request: str, params: Any) -> int:
         """The request's own seed, or one that nobody else has."""

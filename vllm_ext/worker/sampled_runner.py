@@ -43,6 +43,7 @@ class SampledDraftsMixin(PearlMixin):
         return SampledDrafting(
             rule,
             self._predictor,
+            draw=self._options.draw,
             seed=self.model_config.seed,
             max_depth=self._options.max_depth,
             max_batch_nodes=self._options.max_batch_nodes,

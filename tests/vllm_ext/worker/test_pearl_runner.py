@@ -106,6 +106,39 @@ def test_drafting_ends_when_the_target_has(thread: BesideThread) -> None:
     assert pearl.tally == Tally()
 
 
+class Device(BesideThread):
+    """A place on a device: what the target has launched takes a while to be computed."""
+
+    waits = 0
+
+    def finish(self) -> None:
+        time.sleep(0.05)
+        self.waits += 1
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_target_on_a_device_has_ended_when_the_device_has(planned: bool) -> None:
+    place = Device(max(os.sched_getaffinity(0)))
+    seen = []
+
+    def draft(stopped: Callable[[], bool]) -> float:
+        while not stopped():
+            time.sleep(0.001)
+        seen.append(place.waits)
+        return 0.05
+
+    runner = Runner(FakePearl(draft, planned), place)
+    recorded: list[float] = []
+    runner._alone = SimpleNamespace(  # type: ignore[assignment]
+        seconds=lambda rows: 0.5, record=lambda rows, seconds: recorded.append(seconds)
+    )
+    runner._model_forward()
+    assert place.waits == 1
+    assert seen == [1] * planned
+    assert all(seconds >= 0.05 for seconds in recorded)
+    assert len(recorded) == (not planned)
+
+
 def test_a_step_alone_measures_the_target(thread: BesideThread) -> None:
     runner = Runner(FakePearl(lambda stopped: 0.0, planned=False), thread)
     recorded: list[int] = []

@@ -14,14 +14,22 @@ from vllm import SamplingParams
 
 from proposers.cost_model import CostModel
 from proposers.levels import LevelNode
+from proposers.sampled_size import AcceptanceByRank, Shape
+from proposers.sequoia import optimal_template
 from proposers.tree import ROOT, TokenTree
 from proposers.verify_block import BlockWalk
 from proposers.verify_tree import TreeWalk, verify
-from vllm_ext.worker.sampled_drafting import Applicant, Rule, SampledDrafting, draft_law
+from vllm_ext.worker.sampled_drafting import Applicant, Draw, Rule, SampledDrafting, draft_law
 
 VOCAB = 6
 FREE = CostModel([(1, 1.0)], margin=0.0)
 RULES: list[Rule] = ["swor", "kseq", "block"]
+DRAWS: list[Draw] = ["beam", "constant", "sequoia", "dyspec"]
+WAYS: list[tuple[Rule, Draw]] = [
+    *(("swor", draw) for draw in DRAWS),
+    ("kseq", "beam"),
+    ("block", "beam"),
+]
 
 
 def row(key: tuple[int, ...]) -> Any:
@@ -63,10 +71,22 @@ class Table:
 
 
 def drafting(
-    rule: Rule, predictor: Any, *, adaptive: bool = False, depth: int = 4, nodes: int = 128
+    rule: Rule,
+    predictor: Any,
+    *,
+    draw: Draw = "beam",
+    adaptive: bool = False,
+    depth: int = 4,
+    nodes: int = 128,
 ) -> Any:
     return SampledDrafting(
-        rule, predictor, seed=11, max_depth=depth, max_batch_nodes=nodes, adaptive=adaptive
+        rule,
+        predictor,
+        draw=draw,
+        seed=11,
+        max_depth=depth,
+        max_batch_nodes=nodes,
+        adaptive=adaptive,
     )
 
 
@@ -82,35 +102,80 @@ def propose(made: Any, applicants: list[Applicant], cost: Any = FREE, **more: An
     return made.propose(applicants, cost, **{**given, "most": 1000, **more})
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_level_of_the_whole_batch_is_one_pass(rule: Rule) -> None:
+@pytest.mark.parametrize(("rule", "draw"), WAYS)
+def test_a_level_of_the_whole_batch_is_one_pass(rule: Rule, draw: Draw) -> None:
     table = Table()
-    trees = propose(drafting(rule, table), [applicant(name, 8) for name in "abc"])
+    made = drafting(rule, table, draw=draw)
+    trees = propose(made, [applicant(name, 8) for name in "abc"])
     deepest = max(max(tree.depths) for tree in trees.values())
-    assert len(table.passes) == deepest > 1
+    # With a threshold a level is asked that may turn out to have no children.
+    assert 1 < deepest <= len(table.passes) <= deepest + (draw == "dyspec")
     for tree in trees.values():
         tree.validate()
         assert 2 <= len(tree) <= 8
         assert tree.is_chain or rule != "block"
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_limits(rule: Rule) -> None:
+@pytest.mark.parametrize(("rule", "draw"), WAYS)
+def test_limits(rule: Rule, draw: Draw) -> None:
     limits = {"one": 1, "three": 3, "many": 40}
     given = [applicant(name, most) for name, most in limits.items()]
-    trees = propose(drafting(rule, Table()), [*given, applicant("chain", chain=True)])
+    trees = propose(drafting(rule, Table(), draw=draw), [*given, applicant("chain", chain=True)])
     assert all(len(trees[name]) <= most for name, most in limits.items())
     assert trees["chain"].is_chain
     assert len(trees["one"]) == 1
     # Of the slots behind the text, all but those of the last level are written.
-    tight = propose(drafting(rule, Table(room=3)), [applicant("a", 24)])["a"]
+    tight = propose(drafting(rule, Table(room=3), draw=draw), [applicant("a", 24)])["a"]
     assert sum(depth < max(tight.depths) for depth in tight.depths) <= 3
     # As many nodes as a step has room for, over all requests.
-    few = propose(drafting(rule, Table()), [applicant("a"), applicant("b")], most=6)
+    few = propose(drafting(rule, Table(), draw=draw), [applicant("a"), applicant("b")], most=6)
     assert 2 <= sum(map(len, few.values())) <= 6
-    assert not propose(drafting(rule, Table()), [applicant("a")], most=0)
-    small = propose(drafting(rule, Table(), nodes=6), [applicant("a"), applicant("b")])
+    assert not propose(drafting(rule, Table(), draw=draw), [applicant("a")], most=0)
+    small = propose(drafting(rule, Table(), draw=draw, nodes=6), [applicant("a"), applicant("b")])
     assert 0 < sum(map(len, small.values())) <= 6
+
+
+def test_ways_to_draw_a_tree() -> None:
+    """Twelve nodes on four levels: three a level, three at the root, or where they are best."""
+
+    def shape(draw: Draw, seed: int = 3) -> Any:
+        made = drafting("swor", Table(), draw=draw)
+        made._size.choose = lambda *_, **__: (Shape(3, 4), 1.0)
+        return propose(made, [applicant("a", 12, seed=seed)])["a"]
+
+    def level_sizes(tree: TokenTree) -> list[int]:
+        return [sum(depth == level for depth in tree.depths) for level in (1, 2, 3, 4)]
+
+    beam, constant, sequoia, dyspec = map(shape, DRAWS)
+    assert level_sizes(beam) == level_sizes(constant) == [3, 3, 3, 3]
+    assert sorted(constant.parents) == sorted([ROOT] * 3 + list(range(9)))
+    parents = {draw: {shape(draw, seed).parents for seed in range(12)} for draw in DRAWS}
+    assert len(parents["constant"]) == len(parents["sequoia"]) == 1
+    assert len(parents["beam"]) > 1
+    assert len(parents["dyspec"]) > 1
+    assert len(sequoia) == 12
+    template = optimal_template(AcceptanceByRank(8).values, 12, 4)
+    assert level_sizes(sequoia) == [sum(len(path) == d for path in template) for d in (1, 2, 3, 4)]
+    assert level_sizes(sequoia) != level_sizes(beam)
+    assert 1 <= len(dyspec) <= 12
+    assert all(prob >= 1 / 12 for node, prob in enumerate(dyspec.probs) if node in dyspec.parents)
+    chains = {draw: drafting("swor", Table(), draw=draw) for draw in DRAWS}
+    drawn = {propose(made, [applicant("a", 4, chain=True)])["a"] for made in chains.values()}
+    assert len(drawn) == 1
+    assert drawn.pop().is_chain
+
+
+def test_sequoias_shape_follows_the_measured_acceptance() -> None:
+    made = drafting("swor", Table(), draw="sequoia", adaptive=True)
+    made._size.choose = lambda *_, **__: (Shape(2, 3), 1.0)
+    wide = {"draws": 4}
+    for _ in range(200):
+        made._ranks.learn(1, **wide)  # the second of the children, always
+    tree = propose(made, [applicant("a", 6)])["a"]
+    made._ranks = AcceptanceByRank(8)
+    assert tree.parents != propose(made, [applicant("a", 6)])["a"].parents
+    first_children = [node for node, parent in enumerate(tree.parents) if parent == ROOT]
+    assert [first_children[1] in tree.parents, first_children[0] in tree.parents] == [True, False]
 
 
 def test_what_cannot_be_read_is_left_to_others() -> None:
@@ -138,15 +203,17 @@ def test_draws_depend_on_seed_request_and_position() -> None:
     assert len({*others, unseeded}) > 4
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "draw"), WAYS)
 @pytest.mark.parametrize("rows", [0, 1, None])
-def test_first_token_has_the_targets_law_whatever_has_rows(rule: Rule, rows: int | None) -> None:
+def test_first_token_has_the_targets_law_whatever_has_rows(
+    rule: Rule, draw: Draw, rows: int | None
+) -> None:
     """Also where the scheduler drops nodes for what they are, as a grammar does."""
     target = np.array([0.3, 0.0, 0.25, 0.05, 0.4, 0.0])
     counts: Counter[int] = Counter()
     given = [applicant("a", 4, seed=seed) for seed in range(1500)]
     for one in given:
-        made = drafting(rule, Table(), depth=2)
+        made = drafting(rule, Table(), draw=draw, depth=2)
         tree = propose(made, [one])["a"]
         kept = len(tree) if rows is None else rows
         if target[tree.tokens[0]] == 0.0:

@@ -118,7 +118,9 @@ def test_nobody_without_a_rule() -> None:
 )
 def test_when_trees_are_drawn_at_all(options: dict[str, str], predictor: Any, drawn: bool) -> None:
     runner = Runner({})
-    runner._options = SimpleNamespace(**options, max_depth=3, max_batch_nodes=9, adaptive=True)
+    runner._options = SimpleNamespace(
+        **options, draw="beam", max_depth=3, max_batch_nodes=9, adaptive=True
+    )
     runner._predictor = predictor
     runner.model_config = SimpleNamespace(seed=0)  # type: ignore[attr-defined]
     assert (runner._new_sampled() is not None) == drawn
