@@ -79,10 +79,15 @@ class AcceptanceByRank:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """By rank, in hundredths, so that a shape lasts for a while; the sum is at most 1."""
+        """By rank, in twentieths, so that a shape lasts for a while; the sum is at most 1.
+
+        Ranks behind the last that counts are left out.
+        """
         means = [share.value for share in self._shares]
         total = max(1.0, sum(means))
-        return tuple(math.floor(100.0 * mean / total) / 100.0 for mean in means)
+        steps = [math.floor(20.0 * mean / total + 1e-6) for mean in means]
+        ranks = max((rank for rank, count in enumerate(steps, 1) if count), default=1)
+        return tuple(count / 20.0 for count in steps[:ranks]) if any(steps) else (1 / 20.0,)
 
     def learn(self, accepted: int | None, draws: int) -> None:
         """Tell what became of the draws at one visited node.
