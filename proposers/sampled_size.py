@@ -16,7 +16,6 @@ included, if any are better than no draft.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from proposers.step_cost import StepCost
 _MEMORY = 64.0  # verified trees; a request's temperature and topic change what is accepted
 _FIRST_ACCEPTANCE = 0.7
 _FIRST_SHARE = 0.3
+_LEAST = 0.01
 _PRIOR = 4.0  # draws that the first values count for, however long ago the last tree was
 
 
@@ -68,36 +68,40 @@ class _Share:
 class AcceptanceByRank:
     """How often the r-th draw at a node is the one accepted, for `sequoia.optimal_template`.
 
+    Learned is how often a draw is accepted *when its turn comes*, that is when those before it were
+    rejected. A rank that never had its turn is taken for a good one, so that it gets one.
+
     Args:
         ranks: most draws at a node.
     """
 
     def __init__(self, ranks: int) -> None:
-        # As if every draw were accepted when its turn comes with the same probability.
-        rejected = 1.0 - _FIRST_ACCEPTANCE
-        self._shares = [_Share(_FIRST_ACCEPTANCE * rejected**rank) for rank in range(ranks)]
+        self._shares = [_Share(_FIRST_ACCEPTANCE) for _ in range(ranks)]
 
     @property
     def values(self) -> tuple[float, ...]:
-        """By rank, in twentieths, so that a shape lasts for a while; the sum is at most 1.
+        """By rank; the sum is at most 1, and ranks behind the last one worth a node are left out.
 
-        Ranks behind the last that counts are left out.
+        Acceptance in turn is rounded to twentieths, and never below one, so that a shape lasts.
         """
-        means = [share.value for share in self._shares]
-        total = max(1.0, sum(means))
-        steps = [math.floor(20.0 * mean / total + 1e-6) for mean in means]
-        ranks = max((rank for rank, count in enumerate(steps, 1) if count), default=1)
-        return tuple(count / 20.0 for count in steps[:ranks]) if any(steps) else (1 / 20.0,)
+        found, rejected = [], 1.0
+        for share in self._shares:
+            accepted = max(1, round(20.0 * share.value)) / 20.0
+            if rejected * accepted < _LEAST:
+                break
+            found.append(rejected * accepted)
+            rejected *= 1.0 - accepted
+        return tuple(found)
 
-    def learn(self, accepted: int | None, draws: int) -> None:
+    def learn(self, tried: int, accepted: bool) -> None:
         """Tell what became of the draws at one visited node.
 
         Args:
-            accepted: rank of the one that was accepted, if any was.
-            draws: made at the node.
+            tried: how many had their turn.
+            accepted: whether the last of them was accepted.
         """
-        for rank, share in enumerate(self._shares[:draws]):
-            share.add(float(rank == accepted), 1.0)
+        for rank, share in enumerate(self._shares[:tried], 1):
+            share.add(float(accepted and rank == tried), 1.0)
 
     def forget(self) -> None:
         """A step has passed."""
@@ -178,7 +182,7 @@ class SizeByExpectation:
         """
         self._acceptance.add(float(accepted), tried)
         if level and width > 1:
-            self._share.add(max(0, draws - 1), width - 1)
+            self._share.add(max(0, min(draws, width) - 1), width - 1)
 
     def forget(self) -> None:
         """A step has passed; call once per step, so that a pause ends in another try."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from proposers.overlap import Overlap
@@ -71,23 +71,38 @@ class PearlWorker(DraftWorker):
 class SerialPlace:
     """Stands for a device's stream, on a CPU, whose kernels must not run side by side."""
 
-    where = "before it, in another thread"
+    where = "in another thread, while the target waits within its pass"
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
+        self._waiting: Callable[[], None] | None = None
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Run `job` to its end before the target begins."""
-        future = self._pool.submit(job)
-        wait([future])
+        """Let `job` run when the target reaches its first layer."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._waiting = run
         return future
 
+    def amid(self, *_: Any) -> None:
+        """The target is at its first layer."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._pool.submit(waiting).result()
+
     def finish(self) -> None:
-        """Nothing to wait for."""
+        """The target has ended, and had a first layer."""
+        assert self._waiting is None
 
 
 class StreamWorker(PearlWorker):
-    """Passes of the draft model beside the target's as a GPU makes them, with stock attention."""
+    """Passes of the draft model amid the target's as a GPU makes them, with stock attention."""
 
     def init_device(self) -> None:
         """As the base class, with another place."""
@@ -97,4 +112,6 @@ class StreamWorker(PearlWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As the base class, with a draft model that takes this for a GPU."""
         super().load_model(*args, **kwargs)
-        self.model_runner._draft_model._on_cpu = False  # type: ignore[attr-defined]
+        runner: Any = self.model_runner
+        runner._draft_model._on_cpu = False
+        runner.model.model.layers[0].register_forward_pre_hook(runner.place_beside.amid)

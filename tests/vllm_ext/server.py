@@ -106,6 +106,7 @@ def running_server(model: Path, folder: Path) -> Iterator[Server]:
             serve_command(
                 model, speculative, "--host", "127.0.0.1", "--port", str(port), *SCALE_OUT
             ),
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={

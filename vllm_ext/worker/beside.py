@@ -152,6 +152,24 @@ def why_not_reentrant(model: torch.nn.Module) -> str | None:
     return None
 
 
+def why_not_one_code(model: torch.nn.Module, target: torch.nn.Module) -> str | None:
+    """Why a model cannot run uncompiled beside a compiled target, or ``None``.
+
+    Where vLLM compiles without a function of its own (`VLLM_USE_AOT_COMPILE=0`), the class of a
+    compiled module has the compiled code in place of its ``forward`` while the module runs, and a
+    model with a module of that class would run it too.
+    """
+    swapped = {
+        type(module)
+        for module in target.modules()
+        if getattr(module, "_compiled_bytecode", None) is not None
+    }
+    for module in model.modules():
+        if type(module) in swapped:
+            return f"vLLM exchanges the code of {type(module).__name__} while the target runs"
+    return None
+
+
 class BesideThread:
     """One thread, bound to a core.
 

@@ -14,11 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 T = TypeVar("T")
 
-_SHARED_WORKSPACE = ("MoE", "MLA")
-"""In names of layers and of attention: vLLM gives all of these one workspace per process."""
+_SHARED_WORKSPACE = ("MoE", "MLA", "FlashInfer")
+"""In names of layers and of attention: vLLM gives all of a kind one workspace per process."""
 
 
 class BesideStream:
@@ -68,6 +69,10 @@ class BesideStream:
 def why_not_on_stream(model: torch.nn.Module) -> str | None:
     """Why a model cannot run beside another in one process, or ``None``."""
     for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(module, LinearBase) and not isinstance(method, UnquantizedLinearMethod):
+            # Marlin, for one, keeps a buffer per stream, and vLLM allows no new one after start-up.
+            return f"layer {name} is quantized ({type(method).__name__})"
         for kind in (type(module).__name__, type(getattr(module, "impl", None)).__name__):
             if any(part in kind for part in _SHARED_WORKSPACE):
                 return f"layer {name} ({kind}) works in memory that both models share"

@@ -31,7 +31,13 @@ from proposers.tree import TokenTree
 from vllm_ext.draft_config import check_memory, draft_model_config, draft_vocab
 from vllm_ext.identity import local_folder
 from vllm_ext.methods import OptionError
-from vllm_ext.worker.beside import lay_out, own_context, reentrant_layers, why_not_reentrant
+from vllm_ext.worker.beside import (
+    lay_out,
+    own_context,
+    reentrant_layers,
+    why_not_one_code,
+    why_not_reentrant,
+)
 from vllm_ext.worker.beside_stream import why_not_on_stream
 from vllm_ext.worker.narrow_head import Logits, NarrowError, narrow
 from vllm_ext.worker.observe import top_candidates
@@ -200,7 +206,9 @@ class DraftModel:
 
     def why_not_beside(self) -> str | None:
         """Why its passes cannot run beside the target's, or ``None`` if they can."""
-        return why_not_reentrant(self._model) if self._on_cpu else why_not_on_stream(self._model)
+        why_not = why_not_reentrant if self._on_cpu else why_not_on_stream
+        target = self._runner.get_model()
+        return why_not(self._model) or why_not_one_code(self._model, target)
 
     @torch.inference_mode()
     def run(

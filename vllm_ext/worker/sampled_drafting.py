@@ -17,8 +17,8 @@ block  `specdec.grow_chain`             `verify_block`
 
 Without replacement a tree is drawn by RSD-S (`beam`), RSD-C with branches at the root (`constant`),
 in Sequoia's best shape for the acceptance measured by rank (`sequoia`), or as far as a draw is
-worth a threshold (`dyspec`). All have the nodes and levels that were decided on at most; that many
-on each level has `beam`, the default, alone.
+worth a threshold (`dyspec`). The first two have as many nodes on each level as were decided on, the
+others at most as many in all, on as many levels; what a size promises is reckoned for the first.
 """
 
 from __future__ import annotations
@@ -233,9 +233,10 @@ class SampledDrafting:
             drafted = [tree.tokens[child] for child in tree.draws.get(node, ())]
             if drafted:
                 accepted = token in drafted
-                self._ranks.learn(drafted.index(token) if accepted else None, len(drafted))
+                tried = drafted.index(token) + 1 if accepted else len(drafted)
+                self._ranks.learn(tried, accepted)
                 self._size.learn(
-                    drafted.index(token) + 1 if accepted else len(drafted),
+                    tried,
                     accepted,
                     width=drawn.width,
                     level=level,

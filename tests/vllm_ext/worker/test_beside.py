@@ -154,6 +154,20 @@ def test_models_that_share_buffers_are_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "attends by object" in str(why(foreign))
 
 
+def test_code_that_is_exchanged_while_the_target_runs() -> None:
+    class Model(torch.nn.Module):
+        _compiled_bytecode: Any = None
+
+    class Other(Model):
+        pass
+
+    target = torch.nn.Sequential(Model())
+    assert beside.why_not_one_code(torch.nn.Sequential(Model()), target) is None
+    target[0]._compiled_bytecode = compile("0", "target", "eval")
+    assert "Model while" in str(beside.why_not_one_code(torch.nn.Sequential(Model()), target))
+    assert beside.why_not_one_code(torch.nn.Sequential(Other()), target) is None
+
+
 class _Layer(torch.nn.Module):
     """As vLLM leaves a linear layer whose product is torch's."""
 

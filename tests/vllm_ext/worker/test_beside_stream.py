@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from vllm_ext.worker import beside_stream
 from vllm_ext.worker.beside_stream import BesideStream, why_not_on_stream
 
 DEVICE = torch.device("cuda", 1)
@@ -21,7 +28,7 @@ class Cuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        self.current = "main"
+        self._current = threading.local()
         cuda = self
 
         class Event:
@@ -42,15 +49,21 @@ class Cuda:
 
         @contextmanager
         def stream(entered: Stream) -> Iterator[None]:
-            self.current, before = entered.name, self.current
+            before = self.current
+            self._current.stream = entered.name
             yield
-            self.current = before
+            self._current.stream = before
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda at: Stream(at, self.current))
         monkeypatch.setattr(torch.cuda, "set_device", lambda at: self.note("device", str(at)))
+
+    @property
+    def current(self) -> str:
+        """Of the calling thread."""
+        return getattr(self._current, "stream", "main")
 
     def note(self, what: str, of: str) -> None:
         beside = threading.current_thread().name.startswith("vllm-ext-draft")
@@ -96,16 +109,49 @@ def test_the_target_is_waited_for_on_its_own_stream(cuda: Cuda) -> None:
     assert cuda.calls == ["target: synchronize main"]
 
 
+def attention(module: str, name: str) -> type:
+    """An implementation of vLLM's, or of ours."""
+    return type(getattr(pytest.importorskip(module), name).__name__, (), {})
+
+
 @pytest.mark.parametrize(
-    ("kind", "attends", "named"),
-    [("Linear", "FlashAttentionImpl", None), ("FusedMoE", None, "MoE"), ("X", "MLAImpl", "MLA")],
+    ("kind", "module", "attends", "named"),
+    [
+        ("X", "vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl", None),
+        ("X", "vllm.v1.attention.backends.triton_attn", "TritonAttentionImpl", None),
+        ("X", "vllm.model_executor.layers.attention.mla_attention", "MLACommonImpl", "MLA"),
+        ("FusedMoE", None, None, "MoE"),
+    ],
 )
 def test_layers_with_one_workspace_per_process(
-    kind: str, attends: str | None, named: str | None
+    kind: str, module: str | None, attends: str | None, named: str | None
 ) -> None:
     layer: Any = type(kind, (torch.nn.Module,), {})()
-    if attends is not None:
-        layer.impl = type(attends, (), {})()
+    if module is not None and attends is not None:
+        layer.impl = attention(module, attends)()
     reason = why_not_on_stream(torch.nn.Sequential(torch.nn.Linear(2, 2), layer))
     assert (reason is None) == (named is None)
     assert named is None or (reason is not None and named in reason and "layer 1" in reason)
+
+
+def test_flashinfer_has_one_workspace_per_process() -> None:
+    """By the name that vLLM gives its implementation, which needs the package to be imported."""
+    source = importlib.util.find_spec("vllm.v1.attention.backends.flashinfer")
+    assert source is not None
+    assert source.origin is not None
+    assert "class FlashInferImpl(" in Path(source.origin).read_text()
+    layer: Any = torch.nn.Module()
+    layer.impl = type("FlashInferImpl", (), {})()
+    assert "FlashInferImpl" in str(why_not_on_stream(layer))
+
+
+def test_quantized_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Linear(torch.nn.Module):
+        def __init__(self, method: object) -> None:
+            super().__init__()
+            self.quant_method = method
+
+    monkeypatch.setattr(beside_stream, "LinearBase", Linear)
+    plain = UnquantizedLinearMethod()
+    assert why_not_on_stream(torch.nn.Sequential(Linear(plain))) is None
+    assert "quantized (object)" in str(why_not_on_stream(torch.nn.Sequential(Linear(object()))))

@@ -46,15 +46,21 @@ class Table:
         self.passes: list[int] = []
         self.free = room
         self.unreadable = unreadable
+        self.asked: dict[str, int] = {}
         self.paths: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def begin_rows(self, requests: Sequence[str], width: int) -> Any:
         self.passes.append(len(requests))
+        self.asked = {}
         self.paths = {(request, ROOT): () for request in requests}
         return {r: row(()) for r in requests if r not in self.unreadable}
 
     def predict_rows(self, nodes: Sequence[LevelNode], width: int) -> Any:
         self.passes.append(len(nodes))
+        for request in {node.request for node in nodes}:
+            asked = sum(node.request == request for node in nodes)
+            self.asked[request] = self.asked.get(request, 0) + asked
+            assert self.asked[request] <= self.free
         for node in nodes:
             above = self.paths[node.request, node.parent]
             self.paths[node.request, node.node] = (*above, node.token)
@@ -125,8 +131,11 @@ def test_limits(rule: Rule, draw: Draw) -> None:
     assert trees["chain"].is_chain
     assert len(trees["one"]) == 1
     # Of the slots behind the text, all but those of the last level are written.
-    tight = propose(drafting(rule, Table(room=3), draw=draw), [applicant("a", 24)])["a"]
-    assert sum(depth < max(tight.depths) for depth in tight.depths) <= 3
+    table = Table(room=8)  # which sees to it
+    tight = drafting(rule, table, draw=draw)
+    tight._size.choose = lambda *_, **__: (Shape(1, 12) if rule == "block" else Shape(3, 4), 1.0)
+    assert propose(tight, [applicant("a", 24)])["a"]
+    assert 0 < table.asked["a"] <= 8
     # As many nodes as a step has room for, over all requests.
     few = propose(drafting(rule, Table(), draw=draw), [applicant("a"), applicant("b")], most=6)
     assert 2 <= sum(map(len, few.values())) <= 6
@@ -168,9 +177,8 @@ def test_ways_to_draw_a_tree() -> None:
 def test_sequoias_shape_follows_the_measured_acceptance() -> None:
     made = drafting("swor", Table(), draw="sequoia", adaptive=True)
     made._size.choose = lambda *_, **__: (Shape(2, 3), 1.0)
-    wide = {"draws": 4}
     for _ in range(200):
-        made._ranks.learn(1, **wide)  # the second of the children, always
+        made._ranks.learn(2, accepted=True)  # the second of the children, always
     tree = propose(made, [applicant("a", 6)])["a"]
     made._ranks = AcceptanceByRank(8)
     assert tree.parents != propose(made, [applicant("a", 6)])["a"].parents
