@@ -10,8 +10,10 @@ gains
     E(W, d) = g(W) (1 + g(m) + ... + g(m)^(d-1)),    m = 1 + s (W - 1),
 
 since of the W draws of a deeper level only some lie below the accepted node; the share s is learned
-too. Chosen are the W and d with the most expected tokens per second, the passes of the draft model
-included, if any are better than no draft.
+too. Trees that are drawn otherwise promise what their grower knows, or this for want of better; how
+much of what was promised has come true is the last thing learned, and scales the promises. Chosen
+are the W and d with the most expected tokens per second, the passes of the draft model included, if
+any are better than no draft.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class _Share:
 
 
 class AcceptanceByRank:
-    """How often the r-th draw at a node is the one accepted, for `sequoia.optimal_template`.
+    """How often the r-th draw at a node is the one accepted, for `sequoia.OptimalTemplates`.
 
     Learned is how often a draw is accepted *when its turn comes*, that is when those before it were
     rejected. A rank that never had its turn is taken for a good one, so that it gets one.
@@ -122,6 +124,7 @@ class SizeByExpectation:
         self._max_depth = max_depth
         self._acceptance = _Share(_FIRST_ACCEPTANCE)
         self._share = _Share(_FIRST_SHARE)
+        self._kept = _Share(1.0)
 
     def choose(
         self,
@@ -133,6 +136,7 @@ class SizeByExpectation:
         requests: int,
         size: int,
         debt: int,
+        promise: Callable[[int, int], float] | None = None,
     ) -> tuple[Shape, float]:
         """The best shape for a step.
 
@@ -144,6 +148,7 @@ class SizeByExpectation:
             requests: number of trees, at least 1.
             size: most nodes of a tree.
             debt: rows that the draft model must read before it can predict.
+            promise: what a tree of a width and a depth adds to a step, if not `expected`.
 
         Returns:
             The shape, and its gain in tokens per second relative to no tree; ``NO_TREE`` and 0 if
@@ -152,10 +157,11 @@ class SizeByExpectation:
         best, best_gain = NO_TREE, 0.0
         latency = cost.curve(base_rows + requests * max(size, 0)).tolist()
         reading = seconds(max(1, debt))
+        promise = promise or self.expected
         for width in self._widths:
             level = seconds(requests * width)
             for depth in range(1, min(self._max_depth, size // width) + 1):
-                tokens = base_tokens + requests * self.expected(width, depth)
+                tokens = base_tokens + requests * self._kept.value * promise(width, depth)
                 spent = latency[base_rows + requests * width * depth] + reading
                 spent += (depth - 1) * level
                 gain = tokens / base_tokens * latency[base_rows] / spent - 1.0
@@ -164,7 +170,7 @@ class SizeByExpectation:
         return best, best_gain
 
     def expected(self, width: int, depth: int) -> float:
-        """Tokens that a tree of this shape adds to a step, on average."""
+        """Tokens that a tree of this shape adds to a step, on average: E(W, d)."""
         rejected = 1.0 - self._acceptance.value
         deeper = 1.0 - rejected ** (1.0 + self._share.value * (width - 1))
         first = 1.0 - rejected**width
@@ -184,7 +190,12 @@ class SizeByExpectation:
         if level and width > 1:
             self._share.add(max(0, min(draws, width) - 1), width - 1)
 
+    def settle(self, promised: float, accepted: int) -> None:
+        """Tell how many nodes of a verified tree were accepted, and how many it promised."""
+        self._kept.add(accepted, promised)
+
     def forget(self) -> None:
         """A step has passed; call once per step, so that a pause ends in another try."""
+        self._kept.forget()
         self._acceptance.forget()
         self._share.forget()

@@ -23,8 +23,8 @@ from proposers.template import Path
 from proposers.tree import ROOT
 
 
-def optimal_template(acceptance: Sequence[float], size: int, depth: int) -> tuple[Path, ...]:
-    """The shape of at most `size` nodes and `depth` levels with the most accepted tokens.
+class OptimalTemplates:
+    """The best shapes of every size and depth up to a largest, from one table.
 
     Args:
         acceptance: by rank from 0, how often the child of that rank is accepted where its parent
@@ -32,43 +32,63 @@ def optimal_template(acceptance: Sequence[float], size: int, depth: int) -> tupl
         size: most nodes, at least 1; time is proportional to its square.
         depth: most levels, at least 1.
 
-    Returns:
-        Rank paths, parents first, as `proposers.template.StaticTemplate` takes them.
-
     Raises:
         ValueError: naming the argument that is out of range.
     """
-    if not acceptance or min(acceptance) < 0.0 or not sum(acceptance) <= 1.0 + 1e-9:
-        raise ValueError(
-            f"optimal_template: acceptance={list(acceptance)}; give probabilities of exclusive "
-            "events, one per rank"
-        )
-    if size < 1 or depth < 1:
-        raise ValueError(f"optimal_template: size={size}, depth={depth}; both are at least 1")
-    ranks = len(acceptance)
-    # best[d][r, n]: the most from n nodes in d levels below one node whose children start at rank
-    # r; taken[d][r, n]: how many of them go to the child r and its subtree.
-    best = np.zeros((depth + 1, ranks + 1, size + 1))
-    taken = np.zeros((depth + 1, ranks + 1, size + 1), np.int64)
-    for d in range(1, depth + 1):
-        for r in reversed(range(ranks)):
-            subtree = acceptance[r] * (1.0 + best[d - 1, 0, :size])
-            for n in range(1, size + 1):
-                totals = subtree[:n] + best[d, r + 1, n - 1 :: -1]
-                m = int(np.argmax(totals))
-                if totals[m] > 0.0:
-                    best[d, r, n], taken[d, r, n] = totals[m], m + 1
-    paths: list[Path] = []
-    stack: list[tuple[Path, int, int, int]] = [((), depth, 0, size)]
-    while stack:
-        above, d, r, n = stack.pop()
-        m = int(taken[d, r, n])
-        if m:
-            path = (*above, r)
-            paths.append(path)
-            stack.append((path, d - 1, 0, m - 1))
-            stack.append((above, d, r + 1, n - m))
-    return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+    def __init__(self, acceptance: Sequence[float], size: int, depth: int) -> None:
+        if not acceptance or min(acceptance) < 0.0 or not sum(acceptance) <= 1.0 + 1e-9:
+            raise ValueError(
+                f"optimal_template: acceptance={list(acceptance)}; give probabilities of "
+                "exclusive events, one per rank"
+            )
+        if size < 1 or depth < 1:
+            raise ValueError(f"optimal_template: size={size}, depth={depth}; both are at least 1")
+        ranks = len(acceptance)
+        # best[d, r, n]: the most from n nodes in d levels below one node whose children start at
+        # rank r; taken[d, r, n]: how many of them go to the child r and its subtree.
+        self._best = best = np.zeros((depth + 1, ranks + 1, size + 1))
+        self._taken = taken = np.zeros((depth + 1, ranks + 1, size + 1), np.int64)
+        nodes = np.arange(1, size + 1)
+        left = nodes[:, None] - nodes  # [n, m]: what n nodes leave beside a subtree of m
+        impossible = np.where(left < 0, -np.inf, 0.0)
+        for d in range(1, depth + 1):
+            for r in reversed(range(ranks)):
+                subtree = acceptance[r] * (1.0 + best[d - 1, 0, :size])
+                totals = subtree + best[d, r + 1, left] + impossible
+                m = totals.argmax(1)
+                most = totals[nodes - 1, m]
+                best[d, r, 1:], taken[d, r, 1:] = most, np.where(most > 0.0, m + 1, 0)
+
+    def accepted(self, size: int, depth: int) -> float:
+        """How many nodes of the best shape of `size` nodes and `depth` levels are accepted."""
+        return float(self._best[depth, 0, size])
+
+    def template(self, size: int, depth: int) -> tuple[Path, ...]:
+        """The best shape of at most `size` nodes and `depth` levels.
+
+        Returns:
+            Rank paths, parents first, as `proposers.template.StaticTemplate` takes them.
+        """
+        paths: list[Path] = []
+        stack: list[tuple[Path, int, int, int]] = [((), depth, 0, size)]
+        while stack:
+            above, d, r, n = stack.pop()
+            m = int(self._taken[d, r, n])
+            if m:
+                path = (*above, r)
+                paths.append(path)
+                stack.append((path, d - 1, 0, m - 1))
+                stack.append((above, d, r + 1, n - m))
+        return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+
+def optimal_template(acceptance: Sequence[float], size: int, depth: int) -> tuple[Path, ...]:
+    """The shape of at most `size` nodes and `depth` levels with the most accepted tokens.
+
+    Args, what it returns and raises: see `OptimalTemplates`.
+    """
+    return OptimalTemplates(acceptance, size, depth).template(size, depth)
 
 
 def expected_tokens(template: Sequence[Path], acceptance: Sequence[float]) -> float:

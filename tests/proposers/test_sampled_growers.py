@@ -21,7 +21,12 @@ from proposers.grower import Draftee
 from proposers.law import DraftLaw
 from proposers.rsd import grow_constant, grow_stochastic_beam
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
-from proposers.sequoia import expected_tokens, grow_template, optimal_template
+from proposers.sequoia import (
+    OptimalTemplates,
+    expected_tokens,
+    grow_template,
+    optimal_template,
+)
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
 from proposers.template import Path, StaticTemplate
@@ -256,6 +261,17 @@ def test_no_shape_is_better_than_the_optimal_template(acceptance, depth):
         assert len(template) <= size
         best = max(expected_tokens(list(s), acceptance) for s in possible if len(s) <= size)
         assert expected_tokens(template, acceptance) == pytest.approx(best)
+
+
+def test_one_table_has_every_smaller_shape():
+    acceptance = (0.5, 0.2, 0.1)
+    table = OptimalTemplates(acceptance, 12, 5)
+    for size in range(1, 13):
+        for depth in range(1, 6):
+            template = optimal_template(acceptance, size, depth)
+            assert table.template(size, depth) == template
+            accepted = expected_tokens(template, acceptance) - 1.0
+            assert table.accepted(size, depth) == pytest.approx(accepted)
 
 
 def test_optimal_template_of_a_common_size():

@@ -147,3 +147,27 @@ def test_a_tree_with_more_draws_than_its_width_is_no_wider_one() -> None:
         size.learn(1, True, width=2, level=1, draws=2)
         other.learn(1, True, width=2, level=1, draws=6)
     assert size.expected(4, 3) == other.expected(4, 3)
+
+
+def test_promises_are_scaled_by_how_many_came_true() -> None:
+    size = SizeByExpectation((2,), 1)
+    cost = CostModel([(1, 1.0), (3, 1.2)], margin=0.0)
+    promised = size.expected(2, 1)
+    for _ in range(500):
+        size.settle(promised, 0)
+        size.settle(promised, 1)
+    assert choose(size, cost, 0.1)[1] == pytest.approx(1.5 / 1.3 - 1.0, abs=0.01)
+    for _ in range(2000):
+        size.settle(promised, 0)
+    assert choose(size, cost, 0.1) == (NO_TREE, 0.0)
+    for _ in range(2000):  # nothing is drawn, and some day it is tried again
+        size.forget()
+    assert choose(size, cost, 0.1)[1] == pytest.approx((1.0 + promised) / 1.3 - 1.0, abs=0.01)
+
+
+def test_a_grower_that_knows_its_promise_is_asked() -> None:
+    """One that gains nothing from depth and twice as much from width."""
+    size = SizeByExpectation(WIDTHS, 4)
+    shape, gain = choose(size, FREE, 0.0, promise=lambda width, depth: 0.1 * width)
+    assert shape == Shape(8, 1)
+    assert gain == pytest.approx(0.8)

@@ -45,9 +45,15 @@ class ServedEngine:
 
         self._server = ServerProcess(EngineConfig({**config.llm, **SERVER_OPTIONS}, config.env))
         self._loop = asyncio.Runner()  # one for all calls, as the client's connections are
-        # A long answer on a slow machine is no reason to ask again, which would count twice.
+        # A long answer on a slow machine is no reason to ask again, which would count twice. And a
+        # server that was halted for longer than it keeps connections closes them when it goes on,
+        # possibly with the next request in them.
         self._client = AsyncOpenAI(
-            base_url=f"{self._server.url}/v1", api_key="none", max_retries=0, timeout=None
+            base_url=f"{self._server.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=None,
+            default_headers={"Connection": "close"},
         )
 
     def encode(self, rows: Sequence[str | list[dict[str, Any]]], *, raw: bool) -> list[list[int]]:

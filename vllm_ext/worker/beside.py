@@ -68,12 +68,14 @@ def per_thread_context() -> Iterator[None]:
 
 
 @contextmanager
-def own_context(config: Any, metadata: dict[str, Any], slots: dict[str, Any]) -> Iterator[None]:
+def own_context(
+    config: Any, metadata: dict[str, Any] | None, slots: dict[str, Any]
+) -> Iterator[None]:
     """A forward context of this thread alone, while `per_thread_context` holds in another.
 
     Args:
         config: vLLM's configuration with the model that runs.
-        metadata: attention metadata by layer.
+        metadata: attention metadata by layer; ``None`` for dummy rows, which attend to nothing.
         slots: slot mapping by layer.
     """
     # What is compiled is left out: its guards and buffers belong to one thread.

@@ -49,6 +49,7 @@ logger = init_logger("vllm.vllm_ext")
 
 PREFIX = "draft_model"
 _ROUNDS = 3
+_REHEARSED = 4  # rows
 
 
 @dataclass(slots=True)
@@ -203,6 +204,15 @@ class DraftModel:
                 self._top(self._hidden(tokens, torch.zeros_like(tokens), None, None), 1)
                 best[rows] = min(best[rows], time.perf_counter() - begin)
         return list(best.items())
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """A pass over dummy tokens, as beside the target: what a first one compiles or allocates in
+        its thread or stream is not to be taken for its price.
+        """
+        tokens = torch.zeros(_REHEARSED, dtype=torch.int64, device=self._runner.device)
+        with own_context(self._config, None, {}):
+            self._top(self._forward(tokens, torch.zeros_like(tokens)), 1)
 
     def why_not_beside(self) -> str | None:
         """Why its passes cannot run beside the target's, or ``None`` if they can."""

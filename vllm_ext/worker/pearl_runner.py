@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
 from proposers.cost_model import CostModel
@@ -27,6 +28,8 @@ from vllm_ext.worker.trace import Trace
 logger = init_logger("vllm.vllm_ext")
 
 T = TypeVar("T")
+
+_REHEARSALS = 2
 
 
 class Beside(Protocol):
@@ -75,6 +78,8 @@ class PearlMixin(DraftModelMixin):
         place: Beside | None = self.place_beside
         reason = self.why_no_place if place is None else self.trees_refused
         reason = reason or self._draft_model.why_not_beside()
+        if reason is None and place is not None:
+            reason = self._why_not_rehearsed(place)
         self._pearl = Pearl(
             self._predictor,
             most=self._options.max_depth,
@@ -88,6 +93,17 @@ class PearlMixin(DraftModelMixin):
         else:
             where = f"in line ({reason})"
         logger.info("vllm-ext: PEARL drafts %s", where)
+
+    def _why_not_rehearsed(self: Any, place: Beside) -> str | None:
+        """Make first passes at the place; why that failed, or ``None``."""
+        try:
+            with set_forward_context(None, self.vllm_config), per_thread_context():
+                for _ in range(_REHEARSALS):
+                    place.submit(self._draft_model.rehearse).result()
+        except Exception as error:
+            logger.exception("vllm-ext: a first pass beside the target failed")
+            return f"a first pass {place.where} failed: {error}"
+        return None
 
     def _level_predictor(self: Any) -> LevelPredictor | None:
         """What the method's grower asks."""

@@ -18,7 +18,8 @@ block  `specdec.grow_chain`             `verify_block`
 Without replacement a tree is drawn by RSD-S (`beam`), RSD-C with branches at the root (`constant`),
 in Sequoia's best shape for the acceptance measured by rank (`sequoia`), or as far as a draw is
 worth a threshold (`dyspec`). The first two have as many nodes on each level as were decided on, the
-others at most as many in all, on as many levels; what a size promises is reckoned for the first.
+others at most as many in all, on as many levels. Sequoia's table says what a size promises; for
+the others it is reckoned as for the first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from proposers.levels import FAIR_DEBT, LevelNode
 from proposers.rsd import grow_constant, grow_stochastic_beam
 from proposers.sampled_size import NO_TREE, AcceptanceByRank, SizeByExpectation
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
-from proposers.sequoia import grow_template, optimal_template
+from proposers.sequoia import OptimalTemplates, grow_template
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
 from proposers.step_cost import StepCost
@@ -59,7 +60,7 @@ _WIDTHS = (1, 2, 3, 4, 6, 8)
 Rule: TypeAlias = Literal["swor", "kseq", "block"]
 Draw: TypeAlias = Literal["beam", "constant", "sequoia", "dyspec"]
 
-_best_shape = lru_cache(maxsize=256)(optimal_template)
+_templates = lru_cache(maxsize=64)(OptimalTemplates)
 
 
 class RowPredictor(Protocol):
@@ -105,6 +106,7 @@ class _Drawn:
     tree: SampledTree
     position: int
     width: int
+    promised: float
 
 
 class SampledDrafting:
@@ -139,7 +141,9 @@ class SampledDrafting:
         self._adaptive = adaptive
         self._gate = Gate(patience=RARELY) if adaptive else None
         self._size = SizeByExpectation((1,) if rule == "block" else _WIDTHS, max_depth)
+        self._max_depth = max_depth
         self._ranks = AcceptanceByRank(_WIDTHS[-1])
+        self._best: OptimalTemplates | None = None
         self._drawn: dict[str, _Drawn] = {}
 
     def propose(
@@ -174,6 +178,8 @@ class SampledDrafting:
             return {}
         size = min(max(a.limit for a in applicants), budget // len(applicants))
         debt = sum(min(self._predictor.debt(a.request), FAIR_DEBT) for a in applicants)
+        if self._rule == "swor" and self._how == "sequoia":
+            self._best = _templates(self._ranks.values, size, self._max_depth)
         shape, gain = self._size.choose(
             cost,
             self._predictor.seconds if self._adaptive else lambda rows: 0.0,
@@ -182,6 +188,7 @@ class SampledDrafting:
             requests=len(applicants),
             size=size,
             debt=debt,
+            promise=self._promise,
         )
         if self._gate is not None and not self._gate.decide(gain, base_rows):
             return {}
@@ -229,6 +236,7 @@ class SampledDrafting:
             return
         drawn = self._drawn[request]
         tree = drawn.tree
+        self._size.settle(drawn.promised, len(path))
         for level, (node, token) in enumerate(zip((ROOT, *path), tokens, strict=True)):
             drafted = [tree.tokens[child] for child in tree.draws.get(node, ())]
             if drafted:
@@ -262,7 +270,7 @@ class SampledDrafting:
             seed = self._seed_of(request, applicant.params)
             dice = request_dice(seed, applicant.position, _DRAFTING)
             growths.append(self._growth(tree, wide, deep, room, dice))
-            drawn.append(_Drawn(tree, applicant.position, wide))
+            drawn.append(_Drawn(tree, applicant.position, wide, self._promise(wide, deep)))
 
         def laws(pairs: Sequence[tuple[int, int]]) -> list[DraftLaw]:
             nodes = []
@@ -283,6 +291,12 @@ class SampledDrafting:
         for applicant, one in zip(readable, drawn, strict=True):
             self._drawn[applicant.request] = one
         return {a.request: d.tree.token_tree() for a, d in zip(readable, drawn, strict=True)}
+
+    def _promise(self, width: int, depth: int) -> float:
+        """Tokens that a tree of this size is expected to add to its step."""
+        if self._best is None or width == 1:
+            return self._size.expected(width, depth)
+        return self._best.accepted(width * depth, depth)
 
     def _growth(
         self, tree: SampledTree, width: int, depth: int, room: int, dice: Chance
@@ -305,8 +319,8 @@ class SampledDrafting:
         if self._how == "constant":
             return grow_constant(tree, (width, *[1] * (depth - 1)), dice)
         size = width * depth if depth == 1 else min(width * depth, room)
-        if self._how == "sequoia":
-            return grow_template(tree, _best_shape(self._ranks.values, size, depth), dice)
+        if self._best is not None:
+            return grow_template(tree, self._best.template(size, depth), dice)
         return grow_threshold(tree, 1.0 / size, depth, size, dice)
 
     def _seed_of(self, request: str, params: Any) -> int:

@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             text = body.get("prompt") or json.dumps(body["messages"])
             self.answer(200, json.dumps({"tokens": list(map(ord, text))}))
+        elif self.headers["Connection"] != "close":
+            self.answer(500, json.dumps({"error": {"message": "I may be halted too long"}}))
         elif body["prompt"] == [0]:
             self.answer(400, json.dumps({"error": {"message": "no such prompt"}}))
         elif body["prompt"] == [1]:

@@ -17,11 +17,13 @@ forward_context = pytest.importorskip("vllm.forward_context")
 if not hasattr(os, "sched_getaffinity"):
     pytest.skip("no affinity on this system", allow_module_level=True)
 
+from vllm.config import VllmConfig  # noqa: E402
+
 from proposers.cost_model import CostModel  # noqa: E402
 from proposers.overlap import Overlap  # noqa: E402
 from proposers.pearl import Tally  # noqa: E402
 from proposers.tree import TokenTree  # noqa: E402
-from vllm_ext.worker.beside import BesideThread  # noqa: E402
+from vllm_ext.worker.beside import BesideThread, own_context  # noqa: E402
 from vllm_ext.worker.pearl_runner import PearlMixin  # noqa: E402
 from vllm_ext.worker.trace import Trace  # noqa: E402
 
@@ -183,3 +185,35 @@ def test_an_error_beside_is_raised_when_the_step_is_learnt(thread: BesideThread)
     assert pearl.settled == [{}]
     assert pearl.overlap is None  # not again
     runner._settle_pearl({})  # and it is raised once
+
+
+class Rehearsing:
+    """A draft model whose first pass takes longer, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.passes: list[tuple[str, bool]] = []
+
+    def rehearse(self) -> None:
+        if self.error is not None:
+            raise self.error
+        with own_context(VllmConfig(), None, {}):
+            own = forward_context.get_forward_context().attn_metadata is None
+            self.passes.append((threading.current_thread().name, own))
+
+
+def test_first_passes_are_made_before_any_is_timed(thread: BesideThread) -> None:
+    runner: Any = Runner(FakePearl(lambda stopped: 0.0), thread)
+    runner._draft_model, runner.vllm_config = Rehearsing(), VllmConfig()
+    assert runner._why_not_rehearsed(thread) is None
+    assert len(runner._draft_model.passes) == 2
+    assert all(name.startswith("vllm-ext-draft") for name, _ in runner._draft_model.passes)
+    assert all(own for _, own in runner._draft_model.passes)
+
+
+def test_where_a_first_pass_fails_nothing_is_drafted_beside(thread: BesideThread) -> None:
+    runner: Any = Runner(FakePearl(lambda stopped: 0.0), thread)
+    runner._draft_model = Rehearsing(RuntimeError("out of memory"))
+    runner.vllm_config = VllmConfig()
+    reason = runner._why_not_rehearsed(thread)
+    assert reason == f"a first pass {thread.where} failed: out of memory"

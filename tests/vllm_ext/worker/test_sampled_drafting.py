@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from proposers.cost_model import CostModel
 from proposers.levels import LevelNode
 from proposers.sampled_size import AcceptanceByRank, Shape
-from proposers.sequoia import optimal_template
+from proposers.sequoia import expected_tokens, optimal_template
 from proposers.tree import ROOT, TokenTree
 from proposers.verify_block import BlockWalk
 from proposers.verify_tree import TreeWalk, verify
@@ -184,6 +184,24 @@ def test_sequoias_shape_follows_the_measured_acceptance() -> None:
     assert tree.parents != propose(made, [applicant("a", 6)])["a"].parents
     first_children = [node for node, parent in enumerate(tree.parents) if parent == ROOT]
     assert [first_children[1] in tree.parents, first_children[0] in tree.parents] == [True, False]
+
+
+def test_sequoias_table_says_what_a_size_promises() -> None:
+    """Where only the second of siblings is ever accepted, a path of first ones promises nothing."""
+    cost = CostModel([(1, 1.0), (9, 1.6)], margin=0.0)
+    sizes = {}
+    for draw in ("sequoia", "beam"):
+        made = drafting("swor", Table(), draw=draw, adaptive=True)
+        for _ in range(200):
+            made._ranks.learn(2, accepted=True)
+        tree = propose(made, [applicant("a", 8)], cost)["a"]
+        promised = made._drawn["a"].promised
+        sizes[draw] = promised
+        if draw == "sequoia":
+            acceptance = made._ranks.values
+            paths = optimal_template(acceptance, len(tree), max(tree.depths))
+            assert promised == pytest.approx(expected_tokens(paths, acceptance) - 1.0)
+    assert sizes["sequoia"] != pytest.approx(sizes["beam"])
 
 
 def test_what_cannot_be_read_is_left_to_others() -> None:
