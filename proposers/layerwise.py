@@ -15,7 +15,9 @@ that of a pass over m nodes, the m most valuable open nodes are asked about for 
 
 where h, learned online, is the share of a node's value that its best child keeps. m = 0 ends the
 growth. Whether the model is asked at all is decided by a `Gate` over what it added lately; while
-that is closed a trial asks about few requests, and the others are taken to fare alike.
+that is closed a trial asks about few requests, and the others are taken to fare alike. Requests
+differ, so each new one is worth a trial, as far as there is time for it: a small share of all time,
+and part of what the model has saved so far.
 
 The nodes are named, not drawn, so nothing here can bend the target's law.
 """
@@ -42,6 +44,12 @@ _TRIAL_DEBT = 64
 
 _READING_SHARE = 0.005
 """Of the time for trials and for reading texts: one that has to read a long prompt is rarer."""
+
+_AT_FIRST = 4.0
+"""Steps that such reading may take before anything was saved, once."""
+
+_REINVESTED = 0.25
+"""Of the time that the model saves, into reading the texts of new requests."""
 
 _EARNED_IN = 64
 """Steps: requests are taken to have at least so many before them."""
@@ -154,6 +162,7 @@ class Layerwise(DySpec):
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
         self._passes: list[int] = []  # rows of each pass of this step
         self._allowance = 0.0  # seconds that trials and long texts may take now
+        self._asked: set[str] = set()  # requests that the model was asked about
 
     def grow(
         self,
@@ -185,21 +194,25 @@ class Layerwise(DySpec):
             return growths, trees
 
         growths, trees = grown()
-        if not self._free:
-            self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         asked = wanted
+        step = cost.seconds(base_rows)
+        if not self._free:
+            self._allowance += (_READING_SHARE if self._gates else _AT_FIRST) * step
+            self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
         if self.gate is not None:
-            step = cost.seconds(base_rows)
-            self._allowance += _READING_SHARE * step
-            if not wanted or not self.gate.wants_draft(base_rows):
+            if not wanted:
                 return trees
-            asked = self._affordable(wanted, step)
+            if not self.gate.wants_draft(base_rows):
+                asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
+            asked = self._affordable(asked, step)
         if not asked:
             return trees
         without = trees
         self._passes = []
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
+        reading = self.spent
+        self._asked.update(asked)
         closed = self.gate is not None and not self.gate.is_open
         roots = self._predictor.begin(asked, trial=closed or len(asked) < len(wanted))
         for draftee, context in zip(draftees, contexts, strict=True):
@@ -224,15 +237,27 @@ class Layerwise(DySpec):
             spent = self._spent_on(len(wanted) / len(asked))
             before = cost.gain(base_rows, _as_if(without, chosen))
             after = cost.gain(base_rows, _as_if(trees, chosen), spent)
-            self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows)
+            if closed:
+                self._allowance -= self.spent - reading
+            if self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows):
+                saved = _REINVESTED * max(0.0, self.gate.gain) * step
+                self._allowance = max(
+                    self._allowance, min(self._allowance + saved, _EARNED_IN * step)
+                )
         return trees
+
+    def stop(self, request: str) -> None:
+        """See `Grower.stop`."""
+        super().stop(request)
+        self._asked.discard(request)
 
     def _affordable(self, wanted: Sequence[str], step: float) -> list[str]:
         """The requests that may be asked about, those with less to read first; it is paid for.
 
         What has to be read beyond what one step is charged for must fit into what such reading may
-        take, `_READING_SHARE` of the time, or be earned back in `_EARNED_IN` steps at the gain
-        that an open gate has seen. While it is closed, a trial asks about few requests.
+        take, `_READING_SHARE` of the time and `_REINVESTED` of what was saved, or be earned back in
+        `_EARNED_IN` steps at the gain that an open gate has seen. While it is closed, a trial asks
+        about few requests.
 
         Args:
             wanted: the requests.
@@ -254,7 +279,8 @@ class Layerwise(DySpec):
                 break
             chosen.add(request)
             price = seconds
-        self._allowance = max(0.0, self._allowance - price)
+        if price:
+            self._allowance = max(0.0, self._allowance - price)
         return [request for request in wanted if request in chosen]  # in the batch's order
 
     def _spent_on(self, share: float) -> float:

@@ -272,8 +272,60 @@ def test_trials_take_a_small_share_of_the_time() -> None:
             grow(grower, draftee("a"), draftee("b"), cost=STEEP)
         assert all(asked == ["b"] and trial for asked, trial in model.asked)
         counts[debt] = len(model.asked)
-        assert (counts[debt] - 1) * model.seconds(debt) < 0.005 * 1500 * STEEP.seconds(2)
+        at_first = 4 * STEEP.seconds(2)
+        assert counts[debt] * model.seconds(debt) < 0.005 * 1540 * STEEP.seconds(2) + at_first
     assert counts[1] > 2 * counts[400] > 0
+
+
+def test_a_new_request_is_tried_with_time_that_the_model_has_saved() -> None:
+    """Prose closes the gate; the next request may be one that is easily guessed."""
+
+    def first_steps(saves: bool) -> tuple[list[str], list[str]]:
+        model = Model(1e-4 if saves else 0.03)
+        model.flatness = 0.05 if saves else 5.0
+        grower = Layerwise(model, [], options())
+        for _ in range(60):
+            grow(grower, draftee("easy"), cost=STEEP)
+        grower.stop("easy")
+        model.pass_seconds, model.flatness = 0.03, 5.0
+        for _ in range(300):
+            grow(grower, draftee("prose"), cost=STEEP)
+        assert grower.gate is not None
+        assert not grower.gate.is_open
+        model.asked = []
+        grow(grower, draftee("prose"), cost=STEEP)
+        old = [request for asked, _ in model.asked for request in asked]
+        grower.stop("prose")
+        model.asked, model.debts = [], {"new": 200}
+        grow(grower, draftee("new"), cost=STEEP)
+        assert all(trial for _, trial in model.asked)
+        return old, [request for asked, _ in model.asked for request in asked]
+
+    assert first_steps(saves=True) == ([], ["new"])
+    assert first_steps(saves=False) == ([], [])  # there is no time for it yet
+
+
+def test_new_requests_of_a_model_that_never_pays_take_a_small_share_of_the_time() -> None:
+    model = Model(0.03)
+    model.flatness = 5.0
+    grower = Layerwise(model, [], options())
+    for _ in range(60):  # until the gate is closed
+        grow(grower, draftee("first"), cost=STEEP)
+    assert grower.gate is not None
+    assert not grower.gate.is_open
+    model.asked = []
+    spent = 0.0
+    for step in range(2000):
+        name = f"request {step // 20}"
+        model.debts = {name: 100}
+        before = len(model.asked)
+        grow(grower, draftee(name), cost=STEEP)
+        if len(model.asked) > before:
+            spent += model.seconds(100) + sum(map(model.seconds, model.passes))
+        if step % 20 == 19:
+            grower.stop(name)
+    assert 0.0 < spent < (0.005 * 2060 + 4.0) * STEEP.seconds(1) + model.seconds(100)
+    assert not grower.gate.is_open
 
 
 def test_what_was_spent_is_told_and_counts() -> None:
