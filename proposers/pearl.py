@@ -19,7 +19,7 @@ target says, so the text is the target's whatever is proposed.
 
 A request that nothing was drafted for beside the last step is drafted in line, as without PEARL:
 at its first token, beside steps that are too short for two passes, and always where `Overlap` finds
-that nothing is hidden beside a step.
+that nothing is hidden beside a step or that too little of it is right.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Pearl:
     Args:
         predictor: the draft model; nobody else may call it between `plan` and `settle`.
         most: longest continuation, in tokens.
-        overlap: notices whether drafting is hidden; ``None`` drafts in line from the start.
+        overlap: notices whether that pays beside a step; ``None`` drafts in line from the start.
 
     Attributes:
         overlap: as given.
@@ -107,6 +107,7 @@ class Pearl:
         self._most = most
         self._wanted: list[str] = []  # requests that the grower asked about in the last step
         self._ahead: dict[str, Ahead] = {}
+        self._drafted: set[str] = set()  # requests with a tree in the step
         self._passes = 0
         self._pass_seconds = 0.0
         self._since_probe = 0
@@ -127,6 +128,7 @@ class Pearl:
             Whether to call `draft`.
         """
         self._ahead = {}
+        self._drafted = {request for request, tree in trees.items() if len(tree)}
         if self.overlap is None:
             return False
         wanted = [request for request in self._wanted if request in trees]
@@ -199,6 +201,10 @@ class Pearl:
         self._wanted = []
         self._settled = {}
         self._inline = set()
+        if self.overlap is not None:
+            for request in self._drafted & emitted.keys():
+                self.overlap.verified(len(emitted[request]) - 1)
+        self._drafted = set()
         kept = {}
         for request, ahead in self._ahead.items():
             tokens = list(emitted.get(request, ()))
@@ -209,6 +215,8 @@ class Pearl:
             self._settled[request] = ahead if hit else None
             self.tally.requests += 1
             self.tally.hits += hit
+            if self.overlap is not None:
+                self.overlap.judged(hit)
         self._ahead = {}
         if kept:
             self._predictor.settle(kept)

@@ -338,6 +338,23 @@ def test_without_overlap_it_goes_in_line_and_tries_again() -> None:
     assert min(engine.sizes["a"][1:]) > 1  # in line it drafts as well
 
 
+@pytest.mark.parametrize(("wrong", "beside"), [(0.0, True), (0.5, False)])
+def test_where_too_little_is_right_it_goes_in_line(wrong: float, beside: bool) -> None:
+    """Perfectly hidden, but a step whose neighbour was wrong verifies nothing."""
+    overlap = Overlap()
+    engine = Engine(Draft(wrong), 4, overlap=overlap, limit=2)
+    for _ in range(400):
+        engine.step()
+        if engine.beside[-1]:
+            overlap.record(1.0, 1.0, 0.1)
+    late = engine.beside[200:]
+    assert sum(late) > 190 if beside else sum(late) < 10
+    assert overlap.hidden > 0.99
+    assert (overlap.hits > 0.9) is beside
+    sizes = engine.sizes["a"][200:]
+    assert sum(sizes) / len(sizes) > (2.5 if beside else 1.3)
+
+
 def test_what_a_step_loses_to_drafting_beside_it_is_told() -> None:
     overlap = Overlap()
     engine = Engine(Draft(0.0), 4, overlap=overlap)

@@ -45,6 +45,7 @@ class PearlWorker(DraftWorker):
         if runner.place_beside is None:
             runner.place_beside = BesideThread(max(os.sched_getaffinity(0)))
         Overlap.WORTH = -1.0
+        Overlap.pays = True  # type: ignore[assignment, method-assign]
         Pearl.plan = _patient  # type: ignore[method-assign]
 
     def break_pearl(self, name: str) -> None:
