@@ -279,8 +279,8 @@ class Layerwise(DySpec):
                 break
             chosen.add(request)
             price = seconds
-        if price:
-            self._allowance = max(0.0, self._allowance - price)
+        # What is read on credit is not owed, but what a trial has overdrawn stays so.
+        self._allowance = min(self._allowance, max(0.0, self._allowance - price))
         return [request for request in wanted if request in chosen]  # in the batch's order
 
     def _spent_on(self, share: float) -> float:

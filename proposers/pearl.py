@@ -128,9 +128,9 @@ class Pearl:
             Whether to call `draft`.
         """
         self._ahead = {}
-        self._drafted = {request for request, tree in trees.items() if len(tree)}
         if self.overlap is None:
             return False
+        self._drafted = {request for request, tree in trees.items() if len(tree)}
         wanted = [request for request in self._wanted if request in trees]
         if not wanted:
             return False

@@ -305,6 +305,62 @@ def test_a_new_request_is_tried_with_time_that_the_model_has_saved() -> None:
     assert first_steps(saves=False) == ([], [])  # there is no time for it yet
 
 
+def test_what_a_trial_has_overdrawn_stays_owed() -> None:
+    """Also where a text is read on the credit of an open gate."""
+    model = Model(0.0005)
+    model.flatness = 0.05
+    grower = Layerwise(model, [], options())
+    for _ in range(60):
+        grow(grower, draftee("a"), cost=STEEP)
+    assert grower.gate is not None
+    assert grower.gate.gain > 0.1
+    grower._allowance = -1.0
+    model.debts = {"b": 400}
+    grow(grower, draftee("b"), cost=STEEP)
+    assert model.asked[-1] == (["b"], False)
+    assert -1.0 < grower._allowance < -0.9
+
+
+def test_a_first_text_is_read_before_anything_was_saved() -> None:
+    """Once: the next of its kind has to be earned."""
+    model = Model(0.001)
+    model.flatness = 5.0
+    grower = Layerwise(model, [], options())
+    model.debts = {"a": 5500}  # 0.11 seconds, more than three steps
+    grow(grower, draftee("a"), cost=STEEP)
+    assert model.asked == [(["a"], False)]
+    model.debts = {"b": 5500}
+    grow(grower, draftee("b"), cost=STEEP)
+    assert len(model.asked) == 1
+
+
+def test_the_passes_of_a_trial_are_paid_for_too() -> None:
+    model = Model(0.03)
+    model.flatness = 5.0
+    grower = Layerwise(model, [], options())
+    for _ in range(60):
+        grow(grower, draftee("prose"), cost=STEEP)
+    assert grower.gate is not None
+    assert not grower.gate.is_open
+    model.pass_seconds, model.flatness = 0.001, 0.05
+    grower._allowance = before = 1.0
+    grow(grower, draftee("new"), cost=STEEP)
+    assert model.passes
+    spent = model.seconds(1) + sum(map(model.seconds, model.passes))
+    step = STEEP.seconds(1)
+    saved = 0.25 * max(0.0, grower.gate.gain) * step if grower.gate.is_open else 0.0
+    assert grower._allowance == pytest.approx(before + 0.005 * step - spent + saved)
+
+
+def test_requests_that_have_ended_are_forgotten() -> None:
+    grower = Layerwise(Model(1e-4), [], options())
+    for name in "abc":
+        grow(grower, draftee(name), cost=STEEP)
+        assert grower._asked == {name}
+        grower.stop(name)
+    assert not grower._asked
+
+
 def test_new_requests_of_a_model_that_never_pays_take_a_small_share_of_the_time() -> None:
     model = Model(0.03)
     model.flatness = 5.0

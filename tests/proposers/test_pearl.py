@@ -351,6 +351,8 @@ def test_where_too_little_is_right_it_goes_in_line(wrong: float, beside: bool) -
     assert sum(late) > 190 if beside else sum(late) < 10
     assert overlap.hidden > 0.99
     assert (overlap.hits > 0.9) is beside
+    # Of two drafted tokens both are right, or three quarters of one.
+    assert overlap.accepted == pytest.approx(2.0 if beside else 0.75, abs=0.3)
     sizes = engine.sizes["a"][200:]
     assert sum(sizes) / len(sizes) > (2.5 if beside else 1.3)
 

@@ -44,7 +44,7 @@ class ServedEngine:
         from openai import AsyncOpenAI
 
         self._server = ServerProcess(EngineConfig({**config.llm, **SERVER_OPTIONS}, config.env))
-        self._loop = asyncio.Runner()  # one for all calls, as the client's connections are
+        self._loop = asyncio.Runner()  # one for all calls: the client belongs to it
         # A long answer on a slow machine is no reason to ask again, which would count twice. And a
         # server that was halted for longer than it keeps connections closes them when it goes on,
         # possibly with the next request in them.

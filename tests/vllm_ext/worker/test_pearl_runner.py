@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -23,7 +24,10 @@ from proposers.cost_model import CostModel  # noqa: E402
 from proposers.overlap import Overlap  # noqa: E402
 from proposers.pearl import Tally  # noqa: E402
 from proposers.tree import TokenTree  # noqa: E402
+from tests.vllm_ext.logs import logged  # noqa: E402
+from vllm_ext.method_options import PearlConfig  # noqa: E402
 from vllm_ext.worker.beside import BesideThread, own_context  # noqa: E402
+from vllm_ext.worker.draft_runner import DraftModelMixin  # noqa: E402
 from vllm_ext.worker.pearl_runner import PearlMixin  # noqa: E402
 from vllm_ext.worker.trace import Trace  # noqa: E402
 
@@ -197,23 +201,42 @@ class Rehearsing:
     def rehearse(self) -> None:
         if self.error is not None:
             raise self.error
-        with own_context(VllmConfig(), None, {}):
-            own = forward_context.get_forward_context().attn_metadata is None
+        with own_context(VllmConfig(), {"mine": 1}, {}):
+            own = forward_context.get_forward_context().attn_metadata == {"mine": 1}
             self.passes.append((threading.current_thread().name, own))
 
+    def why_not_beside(self) -> str | None:
+        return None
 
-def test_first_passes_are_made_before_any_is_timed(thread: BesideThread) -> None:
+
+def started(model: Rehearsing, thread: BesideThread, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A runner whose draft model has been started."""
+    monkeypatch.setattr(DraftModelMixin, "start_draft_model", lambda self, prior: None)
     runner: Any = Runner(FakePearl(lambda stopped: 0.0), thread)
-    runner._draft_model, runner.vllm_config = Rehearsing(), VllmConfig()
-    assert runner._why_not_rehearsed(thread) is None
+    runner._draft_model, runner.vllm_config, runner._predictor = model, VllmConfig(), None
+    runner._beside, runner.place_beside, runner.trees_refused = None, thread, None
+    runner._options = PearlConfig(model="draft")
+    runner.start_draft_model([(1, 0.01)])
+    return runner
+
+
+def test_first_passes_are_made_before_any_is_timed(
+    thread: BesideThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = started(Rehearsing(), thread, monkeypatch)
+    assert runner._beside is thread
+    assert runner._pearl.overlap is not None
     assert len(runner._draft_model.passes) == 2
     assert all(name.startswith("vllm-ext-draft") for name, _ in runner._draft_model.passes)
     assert all(own for _, own in runner._draft_model.passes)
 
 
-def test_where_a_first_pass_fails_nothing_is_drafted_beside(thread: BesideThread) -> None:
-    runner: Any = Runner(FakePearl(lambda stopped: 0.0), thread)
-    runner._draft_model = Rehearsing(RuntimeError("out of memory"))
-    runner.vllm_config = VllmConfig()
-    reason = runner._why_not_rehearsed(thread)
-    assert reason == f"a first pass {thread.where} failed: out of memory"
+def test_where_a_first_pass_fails_nothing_is_drafted_beside(
+    thread: BesideThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with logged(logging.INFO) as lines:
+        runner = started(Rehearsing(RuntimeError("out of memory")), thread, monkeypatch)
+    assert runner._beside is None
+    assert runner._pearl.overlap is None
+    reason = f"in line (a first pass {thread.where} failed: out of memory)"
+    assert any(reason in line for line in lines)

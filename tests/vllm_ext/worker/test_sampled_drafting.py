@@ -187,21 +187,39 @@ def test_sequoias_shape_follows_the_measured_acceptance() -> None:
 
 
 def test_sequoias_table_says_what_a_size_promises() -> None:
-    """Where only the second of siblings is ever accepted, a path of first ones promises nothing."""
+    """Ranks that are never accepted promise too little for a tree; the formula knows no ranks."""
     cost = CostModel([(1, 1.0), (9, 1.6)], margin=0.0)
-    sizes = {}
+    drawn = {}
     for draw in ("sequoia", "beam"):
         made = drafting("swor", Table(), draw=draw, adaptive=True)
-        for _ in range(200):
-            made._ranks.learn(2, accepted=True)
-        tree = propose(made, [applicant("a", 8)], cost)["a"]
+        for _ in range(500):
+            made._ranks.learn(8, accepted=False)
+        # Chains, which ask the formula, are left out.
+        made._size._widths = (2, 4, 8)
+        drawn[draw] = propose(made, [applicant("a", 8)], cost)
+    assert not drawn["sequoia"]
+    assert drawn["beam"]
+    made = drafting("swor", Table(), draw="sequoia", adaptive=True)
+    tree = propose(made, [applicant("a", 8)], cost)["a"]
+    paths = optimal_template(made._ranks.values, len(tree), max(tree.depths))
+    promised = expected_tokens(paths, made._ranks.values) - 1.0
+    assert made._drawn["a"].promised == pytest.approx(promised)
+
+
+def test_what_came_true_of_a_promise_is_told() -> None:
+    made = drafting("swor", Table(), adaptive=True)
+    told: list[tuple[float, int]] = []
+    made._size.settle = lambda promised, accepted: told.append((promised, accepted))
+    for seed in range(20):
+        one = applicant("a", seed=seed)
+        tree = propose(made, [one])["a"]
         promised = made._drawn["a"].promised
-        sizes[draw] = promised
-        if draw == "sequoia":
-            acceptance = made._ranks.values
-            paths = optimal_template(acceptance, len(tree), max(tree.depths))
-            assert promised == pytest.approx(expected_tokens(paths, acceptance) - 1.0)
-    assert sizes["sequoia"] != pytest.approx(sizes["beam"])
+        walk = made.verification("a", one.params, 5, tree, as_it_goes=False)
+        verify(walk, lambda node: np.full(VOCAB, 1 / VOCAB))
+        made.learn("a", walk.tokens, walk.path)
+        assert told[-1] == (promised, len(walk.path))
+        assert promised > 0.0
+    assert len({accepted for _, accepted in told}) > 1
 
 
 def test_what_cannot_be_read_is_left_to_others() -> None:
