@@ -23,6 +23,7 @@ learned for all of them, plain steps would be believed to be slower than they ar
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -137,6 +138,7 @@ class CostModel(StepCost):
         if margin < 0:
             raise ValueError(f"CostModel: margin={margin}; it must not be negative")
         super().__init__(np.array(rows, np.float64), margin)
+        self._anchor_rows = rows
         self._prior = np.log(np.array([s for _, s in points], np.float64))
         self._drift = 0.0  # of all anchors
         self._own = np.zeros(len(rows))  # of each
@@ -235,12 +237,26 @@ class CostModel(StepCost):
 
     def _anchors(self, rows: int) -> list[tuple[int, float]]:
         """The anchors around a row count, with their shares in it."""
-        right = min(int(np.searchsorted(self._rows, rows)), len(self._rows) - 1)
-        if self._rows[right] <= rows or right == 0:
+        at = self._anchor_rows
+        right = min(bisect_left(at, rows), len(at) - 1)
+        if at[right] <= rows or right == 0:
             return [(right, 1.0)]
         left = right - 1
-        share = (rows - self._rows[left]) / (self._rows[right] - self._rows[left])
-        return [(left, 1.0 - float(share)), (right, float(share))]
+        share = (rows - at[left]) / (at[right] - at[left])
+        return [(left, 1.0 - share), (right, share)]
+
+    def seconds(self, rows: int) -> float:
+        """As the base class; every step asks, and one point needs no curve."""
+        at = self._anchor_rows
+        right = min(bisect_left(at, rows), len(at) - 1)
+        if rows > at[right]:
+            return super().seconds(rows)
+        logs = (self._prior + self._own + self._drift)[: right + 1].tolist()
+        after = math.exp(max(logs))
+        if right == 0:
+            return after
+        before = math.exp(max(logs[:right]))
+        return before + (after - before) * (rows - at[right - 1]) / (at[right] - at[right - 1])
 
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         return _through(self._rows, np.exp(self._prior + self._own + self._drift), rows)

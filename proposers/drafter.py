@@ -155,6 +155,22 @@ class TreeDrafter:
         """
         self._states = requests, states
 
+    def rests(self, requests: int, other_rows: int = 0) -> bool:
+        """Whether the next step goes without a draft, because lately drafts have not paid.
+
+        To be asked once per step: by `propose`, or before it, to leave out all that leads up to it.
+
+        Args:
+            requests: that will decode one token each.
+            other_rows: rows that the step will have besides (prefill).
+        """
+        gate = self._gate_beside_prompts if other_rows else self.gate
+        if gate is None or not requests:
+            return False
+        base_rows = requests + other_rows
+        measured = self.cost.steps(base_rows) if gate.is_open else None
+        return not gate.wants_draft(base_rows, measured)
+
     def propose(
         self,
         requests: Sequence[str],
@@ -162,14 +178,16 @@ class TreeDrafter:
         max_nodes: Sequence[int] | None = None,
         other_rows: int = 0,
         most: int | None = None,
+        asked: bool = False,
     ) -> list[TokenTree]:
-        """Draft for the next step.
+        """Draft for the next step, unless it `rests`.
 
         Args:
             requests: ids of the requests that will decode one token each.
             max_nodes: limit per request, on top of the options' (0: no draft).
             other_rows: rows that the step will have besides (prefill).
             most: nodes over all requests that the step has room for.
+            asked: whether `rests` was asked about this step, and said no.
 
         Returns:
             One tree per request, empty where no node pays.
@@ -179,10 +197,10 @@ class TreeDrafter:
         """
         if not requests:
             return []
+        if not asked and self.rests(len(requests), other_rows):
+            return [TokenTree.EMPTY] * len(requests)
         base_rows, base_tokens = len(requests) + other_rows, float(len(requests))
         gate = self._gate_beside_prompts if other_rows else self.gate
-        if gate is not None and not gate.wants_draft(base_rows, self.cost.steps(base_rows)):
-            return [TokenTree.EMPTY] * len(requests)
         limits = [self._max_nodes] * len(requests)
         if max_nodes is not None:
             limits = [max(0, min(*pair)) for pair in zip(limits, max_nodes, strict=True)]

@@ -350,6 +350,28 @@ CPU = (
         _PLUGGABLE,
     ),
     Hook(
+        "draft-rows",
+        f"{_RUNNER}._calc_spec_decode_metadata",
+        ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
+        "of a step without drafts only the rows to sample are computed, not where its drafts lie",
+        "vLLM makes no such metadata for a step without drafts",
+    ),
+    Hook(
+        "draft-rows-made",
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+        (
+            "draft_token_ids",
+            "num_draft_tokens",
+            "cu_num_draft_tokens",
+            "cu_num_sampled_tokens",
+            "target_logits_indices",
+            "bonus_logits_indices",
+            "logits_indices",
+        ),
+        "what the stock method returns",
+        "as draft-rows",
+    ),
+    Hook(
         "cpu-attention",
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),

@@ -137,6 +137,32 @@ def test_it_drafts_unless_nobody_wants_it_or_the_gate_is_closed() -> None:
     assert not drafter.drafts
 
 
+def test_the_gate_is_asked_once_per_step() -> None:
+    class Counting(Gate):
+        asked = 0
+
+        def wants_draft(self, base_rows: int, measured: float | None = None) -> bool:
+            self.asked += 1
+            assert (measured is not None) == self.is_open
+            return super().wants_draft(base_rows, measured)
+
+    gate = Counting()
+    d = TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT), gate=gate)
+    d.start("a", [1, 2, 1, 2, 1], greedy=True)
+    assert not d.rests(1)
+    assert gate.asked == 1
+    assert len(d.propose(["a"], asked=True)[0]) > 0
+    assert gate.asked == 1
+    d.propose(["a"])
+    assert gate.asked == 2
+    gate.is_open = False
+    assert d.rests(1)
+    assert d.propose(["a"]) == [TokenTree.EMPTY]
+    assert not d.rests(0)  # no request, no question
+    assert gate.asked == 4
+    assert not TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT)).rests(1)  # without a gate
+
+
 def test_namespaces_do_not_share_tables() -> None:
     d = drafter()
     d.start("base", [1, 2], greedy=True)

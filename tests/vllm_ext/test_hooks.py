@@ -60,6 +60,14 @@ ANCHORS = [
     (f"{RUNNER}.sample_tokens", "draft_after_bookkeeping = True"),
     (f"{RUNNER}.sample_tokens", "propose_draft_token_ids(valid_sampled_token_ids)"),
     (f"{RUNNER}.sample_tokens", "sampler_output = self._sample(logits, spec_decode_metadata)"),
+    # A step without drafts is sampled by vLLM's own sampler, which sees no drafts then; and what is
+    # not told to the scheduler leaves a request without drafts, once those that it had were used.
+    (f"{RUNNER}._sample", "if spec_decode_metadata is None:"),
+    (
+        "vllm.v1.worker.gpu_input_batch:InputBatch.update_req_spec_token_ids",
+        "cur_spec_token_ids.clear()",
+    ),
+    ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "request.spec_token_ids = []"),
     # Ragged lists of drafts are passed through.
     (f"{RUNNER}._get_draft_token_ids_cpu", "isinstance(self._draft_token_ids, list)"),
     # After each step the engine asks its executor for drafts, which came with the step's output.

@@ -107,6 +107,14 @@ def command(
             min=1, help="Rounds over all prompts. Drafters that learn have seen them after one."
         ),
     ] = 1,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Start all engines anew before every further round: two engines of one "
+            "configuration differ by some percent, which more prompts do not average out.",
+        ),
+    ] = False,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 is greedy; above, every request has a seed.")
     ] = 0.0,
@@ -127,11 +135,15 @@ def command(
     """Measure methods against plain vLLM: all arms take turns on the same prompts in one run."""
     if limit is not None and sample is not None:
         raise typer.BadParameter("give --limit (the first prompts) or --sample (evenly), not both")
+    if restart and repeat == 1:
+        raise typer.BadParameter("--restart starts engines anew between rounds; give --repeat 2, 3")
     try:
         settings = Settings(
             model=model,
             arms=_with_baseline(parse_arms(arms, arm_config or (), draft)),
-            plan=Plan(options.parse_batches(batch), repeat, max_tokens, temperature, fresh),
+            plan=Plan(
+                options.parse_batches(batch), repeat, max_tokens, temperature, fresh, restart
+            ),
             dtype=dtype,
             max_model_len=max_model_len,
             eager=eager,
@@ -271,6 +283,7 @@ def _describe(
         "temperature": settings.plan.temperature,
         "max_tokens": settings.plan.max_tokens,
         "rounds": settings.plan.rounds,
+        "engines_per_round": settings.plan.restart,
         "batches": list(settings.plan.batches),
         "fresh_prompts": settings.plan.fresh,
         "prompts": len(prompts),

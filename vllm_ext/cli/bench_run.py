@@ -36,6 +36,9 @@ class Engine(Protocol):
     def resume(self) -> None:
         """Be ready to generate again."""
 
+    def restart(self) -> None:
+        """Stop, halted or not, and start anew."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,6 +46,10 @@ class Plan:
 
     `fresh`: every batch size has prompts of its own, so that none is known to a drafter that has
     learnt from the other sizes.
+
+    `restart`: every round has engines of its own. Two engines of one configuration differ by some
+    percent, as long as they live: where the system happens to have put them. Within one life of the
+    engines that is part of every ratio, and no number of prompts averages it out.
     """
 
     batches: Sequence[int]
@@ -50,6 +57,7 @@ class Plan:
     max_tokens: int
     temperature: float
     fresh: bool = False
+    restart: bool = False
 
     def params(self, prompt: EncodedPrompt, round_index: int) -> dict[str, Any]:
         """Sampling parameters of a request: the same on every arm, another seed per round."""
@@ -127,18 +135,19 @@ def run(
 ) -> Iterator[Measurement]:
     """Measure every group on every engine, yielding each measurement as it is made.
 
-    `warm_up` (token ids) is run once at each batch size before anything is timed; `on_turn` is
-    told the arm whose turn it is.
+    `warm_up` (token ids) is run once at each batch size before anything is timed there; `on_turn`
+    is told the arm whose turn it is.
     """
     names = list(engines)
     for engine in engines.values():
         engine.pause()
-    for batch, groups in prompts_of(prompts, plan):
-        for engine in engines.values():
-            params = {"max_tokens": WARM_UP_TOKENS, "temperature": 0.0}
-            with _awake(engine):
-                engine.generate([warm_up] * batch, [params] * batch)
-        for round_index in range(plan.rounds):
+    for round_index in range(plan.rounds):
+        anew = plan.restart and round_index > 0
+        if anew:
+            _start_anew(engines, on_turn)
+        for batch, groups in prompts_of(prompts, plan):
+            if anew or round_index == 0:
+                _warm(engines, warm_up, batch)
             for group_index, group in enumerate(groups):
                 first = (group_index + round_index) % len(names)
                 for name in names[first:] + names[:first]:
@@ -148,6 +157,21 @@ def run(
                     with _awake(engines[name]) as engine:
                         result = engine.generate(token_ids, params_of)
                     yield Measurement(name, batch, round_index, group_index, group, result)
+
+
+def _start_anew(engines: Mapping[str, Engine], on_turn: Callable[[str], None]) -> None:
+    """One after the other, the rest halted: engines of this package measure when they start."""
+    for name, engine in engines.items():
+        on_turn(f"starting {name}")
+        engine.restart()
+        engine.pause()
+
+
+def _warm(engines: Mapping[str, Engine], warm_up: list[int], batch: int) -> None:
+    params = {"max_tokens": WARM_UP_TOKENS, "temperature": 0.0}
+    for engine in engines.values():
+        with _awake(engine):
+            engine.generate([warm_up] * batch, [params] * batch)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ HEADERS = (
     "rows per step",
     "TTFT ms",
     "inter-token ms",
-    "ratio to plain: median [95%]",
+    "ratio to plain: median [95%] (by round)",
     "same text",
     "drafting",
 )
@@ -67,7 +67,9 @@ def _conditions(result: dict[str, Any]) -> str:
         f"{Path(settings['llm']['model']).name}, {settings['llm']['dtype']}, "
         f"{'compiled' if settings['compiled'] else 'eager'}, "
         f"{'`vllm serve`' if settings['server'] else 'offline'}, {law}, at most "
-        f"{settings['max_tokens']} tokens, rounds: {settings['rounds']}; prompts: {sets}"
+        f"{settings['max_tokens']} tokens, rounds: {settings['rounds']}"
+        f"{', engines started anew for each' if settings.get('engines_per_round') else ''}"
+        f"; prompts: {sets}"
         f"{_model_files(settings)}",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -96,7 +98,7 @@ def _overview(arms: dict[str, list[dict[str, Any]]]) -> str:
                 f"{e['rows_per_step']:.2f}",
                 _milliseconds(e["ttft_ms"]),
                 _milliseconds(e["inter_token_ms"]),
-                "1" if arm == NONE else _interval(e["ratio"]),
+                "1" if arm == NONE else _interval(e["ratio"]) + _by_round(e),
                 f"{e['identical_to_none']:.0%}",
                 "-" if e["drafting_share"] is None else f"{e['drafting_share']:.1%}",
             ]
@@ -104,6 +106,12 @@ def _overview(arms: dict[str, list[dict[str, Any]]]) -> str:
             for e in entries
         ],
     )
+
+
+def _by_round(entry: dict[str, Any]) -> str:
+    """Between rounds lies what more prompts do not average out."""
+    medians = [ratio["median"] for ratio in entry["ratio_by_round"]]
+    return f" ({', '.join(f'{m:.2f}' for m in medians)})" if len(medians) > 1 else ""
 
 
 def _pairs(arms: dict[str, list[dict[str, Any]]]) -> str:

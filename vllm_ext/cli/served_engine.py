@@ -41,8 +41,18 @@ class ServedEngine:
         Raises:
             EngineError: The server did not start; the message holds the end of its log.
         """
+        self._config = config
+        self._start()
+
+    def restart(self) -> None:
+        """Stop the server, halted or not, and start it anew; raises as the constructor does."""
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
         from openai import AsyncOpenAI
 
+        config = self._config
         self._server = ServerProcess(EngineConfig({**config.llm, **SERVER_OPTIONS}, config.env))
         self._loop = asyncio.Runner()  # one for all calls: the client belongs to it
         # A long answer on a slow machine is no reason to ask again, which would count twice. And a

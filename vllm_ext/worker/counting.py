@@ -32,7 +32,9 @@ class CountingMixin:
         counters: Counters = self._counters
         if not any(emitted):
             return
-        sizes = [len(tree) for tree, e in zip(step.trees, emitted, strict=True) if e]
+        sizes = [
+            0 if step.plain else len(tree) for tree, e in zip(step.trees, emitted, strict=True) if e
+        ]
         counters.add("steps", 1)
         counters.add("steps_without_draft", float(not any(sizes)))
         counters.add("request_steps", len(sizes))

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -34,6 +38,8 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
 
     def _undrawn(self) -> list[int]:
         """Unfinished prompts: a CPU generator cannot be rolled back, so nothing is drawn."""
+        if not self.input_batch.generators:
+            return []
         count = self.input_batch.num_reqs
         return [int(i) for i in np.nonzero(self.discard_request_mask.np[:count])[0]]
 
@@ -44,6 +50,34 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             generators.update(hidden)
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
+    ) -> Any:
+        """Stock; a step without drafts needs nothing but the last row of each request, and what
+        the stock method does for it would be the price of being there.
+        """
+        if num_draft_tokens.any():
+            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
+        undrafted = _undrafted(len(num_draft_tokens))
+        undrafted.logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1)
+        return undrafted
+
+
+@functools.cache
+def _undrafted(count: int) -> SpecDecodeMetadata:
+    """Of a step of so many requests, none with a draft; the rows to sample are to be filled in."""
+    none = torch.empty(0, dtype=torch.int32)
+    ends = torch.arange(count + 1, dtype=torch.int32)
+    return SpecDecodeMetadata(
+        draft_token_ids=none,
+        num_draft_tokens=[0] * count,
+        cu_num_draft_tokens=torch.zeros(count, dtype=torch.int32),
+        cu_num_sampled_tokens=ends[1:],
+        target_logits_indices=none,
+        bonus_logits_indices=ends[:-1],
+        logits_indices=none,
+    )
 
 
 class TreeCPUWorker(CPUWorker):

@@ -87,7 +87,7 @@ class Drafting:
         that would be the price of being there, so then only some steps are learnt from.
         """
         self._unlearnt += 1
-        if not (self.drafter.drafts or any(step.trees) or self._unlearnt >= LISTEN_EVERY):
+        if not (self.drafter.drafts or not step.plain or self._unlearnt >= LISTEN_EVERY):
             return False
         self._unlearnt = 0
         return True
@@ -208,6 +208,19 @@ class Drafting:
             )
         )
 
+    def rests(self, request_ids: Sequence[str], other_rows: int) -> bool:
+        """Whether the next step goes without a draft; then `propose` need not be called.
+
+        Args:
+            request_ids: as for `propose`.
+            other_rows: as for `propose`.
+        """
+        decoding = sum(request in self._known for request in request_ids)
+        if not self.drafter.rests(decoding, other_rows):
+            return False
+        self.trees = {}
+        return True
+
     def propose(
         self,
         request_ids: Sequence[str],
@@ -215,6 +228,7 @@ class Drafting:
         *,
         other_rows: int,
         most: int,
+        asked: bool = False,
     ) -> None:
         """Draft the next step's trees into :attr:`trees`.
 
@@ -223,6 +237,7 @@ class Drafting:
             limits: most nodes per request.
             other_rows: rows of unfinished prompts expected in the next step.
             most: nodes over all requests, from `batch_limit`.
+            asked: whether the drafter was asked if it `rests`.
         """
         drafted = [r for r in request_ids if r in self._known]
         self.trees = dict(
@@ -233,6 +248,7 @@ class Drafting:
                     max_nodes=[limits[r] for r in drafted],
                     other_rows=other_rows,
                     most=most,
+                    asked=asked,
                 ),
                 strict=True,
             )

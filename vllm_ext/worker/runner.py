@@ -118,7 +118,6 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
 
     # -- one step ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def execute_model(self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Stock, timed."""
         self._timer.begin(scheduler_output.total_num_scheduled_tokens)
@@ -155,6 +154,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         if logits is None or self._step is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         step: Step = self._step
+        if step.plain and self._sampled is None and not self._undrawn():
+            return self._sample_plain(logits, step)
         self._seen, self._walked = self._verify(logits, step)
         walked: WalkResult = self._walked
         if step.attention is not None:
@@ -169,6 +170,21 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             sampled_token_ids=walked.padded(torch.device("cpu")),
             logprobs_tensors=stack_logprobs(walked.logprobs),
         )
+
+    def _sample_plain(self: Any, logits: torch.Tensor, step: Step) -> Any:
+        """Nothing is drafted: vLLM's own sampling, so that such a step costs what it costs there.
+
+        Between two forward passes the processor's caches hold the weights and nothing else: code
+        that runs once a step takes ten times what it takes in a loop.
+        """
+        begin = time.perf_counter()
+        self._seen = candidates(logits) if self._listens(step) else None
+        looked = time.perf_counter()
+        output = super()._sample(logits, None)  # type: ignore[misc]
+        if self.walk_is_timed:
+            end = time.perf_counter()
+            self._timer.work_outside(end - begin, sampling=end - looked)
+        return output
 
     def _verify(
         self: Any, logits: torch.Tensor, step: Step
@@ -216,7 +232,10 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         """Stock; the drafts that it made go out with its output."""
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        return enclose(output, self.take_draft_token_ids())
+        drafts = self.take_draft_token_ids()
+        if drafts is not None and not any(drafts.draft_token_ids):
+            drafts = None  # it would tell the scheduler nothing, and has to be sent
+        return enclose(output, drafts)
 
     def propose_draft_token_ids(
         self: Any,
@@ -286,19 +305,25 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         hidden: torch.Tensor,
     ) -> dict[str, TokenTree]:
         drafting: Drafting = self._drafting
+        if self._walked is None:  # a plain step
+            self._walked = WalkResult.plain(tokens)
         self._settle_pearl(dict(zip(request_ids, tokens, strict=True)))
         for request_id, positions, seen in prompts:
             drafting.learn_prompt(self.requests[request_id], positions, seen)
         drafting.learn(self._step, self._walked, self._seen, request_ids, self.requests, tokens)
         self._learn_draws(request_ids, self._walked)
         ready = [r for r, emitted in zip(request_ids, tokens, strict=True) if emitted]
+        unread = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
+        scheduled = scheduler_output.num_scheduled_tokens
+        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in unread)
+        named = self._sampled is None  # drawn drafts have a gate of their own
+        if named and drafting.rests(ready, unfinished):
+            self._count_decisions(drafting, ready)
+            return drafting.trees
         limits = {
             r: node_limit(self.requests[r], self.max_model_len, self.num_spec_tokens) for r in ready
         }
         drafting.see(self._step, self._walked, request_ids, limits, hidden)
-        unread = [r for r, emitted in zip(request_ids, tokens, strict=True) if not emitted]
-        scheduled = scheduler_output.num_scheduled_tokens
-        unfinished = sum(min(self.requests[r].num_tokens, scheduled[r]) for r in unread)
         if self._predictor is not None:
             self._predictor.prompts = {
                 r: self.requests[r].num_computed_tokens + scheduled[r] for r in unread
@@ -307,7 +332,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         drawn = self._draw_trees(ready, limits, unfinished, most)
         limits.update(dict.fromkeys(drawn, 0))
         nodes = sum(map(len, drawn.values()))
-        drafting.propose(ready, limits, other_rows=unfinished + nodes, most=max(0, most - nodes))
+        left = max(0, most - nodes)
+        drafting.propose(ready, limits, other_rows=unfinished + nodes, most=left, asked=named)
         self._prune_forbidden(drafting.trees, request_ids)
         drafting.trees.update(drawn)
         self._count_decisions(drafting, ready)

@@ -101,12 +101,17 @@ class Step:
         starts: per request, the first of its rows in the *logits* (root, then nodes).
         attention: the branching trees, or ``None`` if the stock kernels can do it all.
         strangers: drafts that were no prefix of a proposed tree and were read as chains.
+        plain: whether nothing was drafted.
     """
 
     trees: list[TokenTree]
     starts: list[int]
     attention: AttentionStep | None
     strangers: int
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = not any(self.trees)
 
 
 def scheduled_tree(proposed: TokenTree | None, scheduled: Sequence[int]) -> TokenTree | None:
@@ -137,6 +142,9 @@ def build_step(
         query_starts: int32 [requests + 1]; first row of each request.
         bases: int32 [requests]; position of each request's first row.
     """
+    if not scheduled:
+        count = len(request_ids)
+        return Step([TokenTree.EMPTY] * count, list(range(count)), None, 0)
     trees: list[TokenTree] = []
     starts: list[int] = []
     branching: list[TreeRows] = []

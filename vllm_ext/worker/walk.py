@@ -45,6 +45,11 @@ class WalkResult:
     paths: list[list[int]]
     logprobs: list[Any]
 
+    @classmethod
+    def plain(cls, tokens: Sequence[Sequence[int]]) -> WalkResult:
+        """Of a step without drafts, from what it emitted; its logprobs are with vLLM."""
+        return cls([list(emitted) for emitted in tokens], [[] for _ in tokens], [None])
+
     def padded(self, device: torch.device) -> torch.Tensor:
         """Emitted tokens, int32 [requests, levels], padded with ``PLACEHOLDER``."""
         width = max(len(tokens) for tokens in self.tokens)

@@ -87,6 +87,7 @@ class FakeEngine:
 
     def restart(self) -> None:
         self.restarts += 1
+        self.paused = False
 
     def close(self) -> None:
         self.closed = True

@@ -71,6 +71,23 @@ def test_the_warm_up_is_not_measured_and_is_not_a_prompt(FakeEngine: Any) -> Non
     assert len(engine.calls) == len(measured) + 1
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_further_rounds_may_have_engines_of_their_own(restart: bool, FakeEngine: Any) -> None:
+    engines = {"none": FakeEngine(), "a": FakeEngine()}
+    plan = Plan([1, 2], rounds=3, max_tokens=4, temperature=0.0, restart=restart)
+    seen: list[tuple[int, int, int]] = []
+    told: list[str] = []
+    for m in run(engines, PROMPTS, [99], plan, told.append):
+        others = [e for name, e in engines.items() if name != m.arm]
+        assert all(e.paused for e in others)
+        seen.append((m.round, engines["none"].restarts, engines["a"].restarts))
+    lives = [0, 1, 2] if restart else [0, 0, 0]
+    assert set(seen) == {(index, life, life) for index, life in enumerate(lives)}
+    assert told.count("starting a") == (2 if restart else 0)
+    warm_ups = sum(prompts[0] == [99] for prompts, _ in engines["a"].calls)
+    assert warm_ups == (2 * 3 if restart else 2)  # at each batch size of each life
+
+
 def test_sampled_requests_have_the_same_seed_on_every_arm_and_another_in_every_round() -> None:
     plan = Plan(batches=[1], rounds=2, max_tokens=4, temperature=1.0)
     seeds = {plan.params(p, r)["seed"] for p in PROMPTS for r in range(2)}

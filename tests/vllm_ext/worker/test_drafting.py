@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from proposers.tree import TokenTree
 from vllm_ext.worker.drafting import LISTEN_EVERY, Candidates, Drafting, batch_limit
+from vllm_ext.worker.step import Step
 from vllm_ext.worker.walk import WalkResult
 
 
@@ -92,8 +93,8 @@ class Listener:
         self.extended += 1
 
 
-def step_of(tree: TokenTree) -> Any:
-    return SimpleNamespace(trees=[tree], starts=[0])
+def step_of(tree: TokenTree) -> Step:
+    return Step([tree], [0], None, 0)
 
 
 def test_while_nothing_is_drafted_few_steps_are_learnt_from() -> None:
