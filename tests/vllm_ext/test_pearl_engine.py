@@ -107,16 +107,17 @@ def test_the_thread_has_its_own_core(pearl: Any) -> None:
 def test_assuming_too_much_costs_acceptance_and_nothing_else(plain: Any, pearl: Any) -> None:
     """Negative control: keys of tokens that were not accepted must not be taken for the text's."""
     requests = prompts(6, seed=33)
-    case = {"temperature": 1.5, "seed": 7, "ignore_eos": True}
-    expected = texts(plain, requests, params(**case))
+    cases = [{"temperature": 0.7, "seed": seed, "ignore_eos": True} for seed in (7, 8, 9)]
+    expected = [texts(plain, requests, params(**case)) for case in cases]
+    accepted = {}
+    for broken in ("none", "settle"):
+        pearl.collective_rpc("break_pearl", args=(broken,))
+        found = [counted(pearl, requests, case) for case in cases]
+        assert [made for made, _ in found] == expected
+        accepted[broken] = sum(counts["accepted"] for _, counts in found)
     pearl.collective_rpc("break_pearl", args=("none",))
-    made, right = counted(pearl, requests, case)
-    assert made == expected
-    pearl.collective_rpc("break_pearl", args=("settle",))
-    made, wrong = counted(pearl, requests, case)
-    pearl.collective_rpc("break_pearl", args=("none",))
-    assert made == expected
-    assert wrong["hits"] < right["hits"]
+    # How many tokens are accepted depends on how far the thread came beside each step, by a few.
+    assert accepted["settle"] < 0.93 * accepted["none"], accepted
 
 
 def test_a_pass_that_fails_beside_the_target_drops_the_draft(plain: Any, pearl: Any) -> None:

@@ -57,8 +57,11 @@ def test_metrics_show_vllms_counters_and_ours(server: Server) -> None:
         ),
     ]
     before = [server.metric(name) for name in names]
-    server.complete(prompt="xyxyxyxyxyxyxyxyxyxyxyxy", max_tokens=100, ignore_eos=True)
-    after = [server.metric(name) for name in names]
+    for _ in range(10):  # whether drafts pay in the first answer is up to a busy machine
+        server.complete(prompt="xyxyxyxyxyxyxyxyxyxyxyxy", max_tokens=100, ignore_eos=True)
+        after = [server.metric(name) for name in names]
+        if after[0] > before[0]:
+            break
     (
         vllm_drafted,
         vllm_accepted,
