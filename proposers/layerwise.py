@@ -46,7 +46,7 @@ _READING_SHARE = 0.005
 """Of the time for trials and for reading texts: one that has to read a long prompt is rarer."""
 
 _AT_FIRST = 4.0
-"""Steps that such reading may take before anything was saved, once."""
+"""Steps without prompts whose time such reading may take before anything was saved, once."""
 
 _REINVESTED = 0.25
 """Of the time that the model saves, into reading the texts of new requests."""
@@ -197,15 +197,17 @@ class Layerwise(DySpec):
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         asked = wanted
         step = cost.seconds(base_rows)
+        # A step beside a long prompt may take twenty times as long; those to come do not.
+        usual = min(step, cost.seconds(max(1, round(base_tokens))))
         if not self._free:
-            self._allowance += (_READING_SHARE if self._gates else _AT_FIRST) * step
+            self._allowance += _READING_SHARE * step if self._gates else _AT_FIRST * usual
             self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
         if self.gate is not None:
             if not wanted:
                 return trees
             if not self.gate.wants_draft(base_rows):
                 asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
-            asked = self._affordable(asked, step)
+            asked = self._affordable(asked, usual)
         if not asked:
             return trees
         without = trees
@@ -242,7 +244,7 @@ class Layerwise(DySpec):
             if self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows):
                 saved = _REINVESTED * max(0.0, self.gate.gain) * step
                 self._allowance = max(
-                    self._allowance, min(self._allowance + saved, _EARNED_IN * step)
+                    self._allowance, min(self._allowance + saved, _EARNED_IN * usual)
                 )
         return trees
 

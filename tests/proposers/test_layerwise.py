@@ -20,6 +20,7 @@ from proposers.rasd import Rasd
 from proposers.tree import ROOT
 
 FREE = CostModel([(1, 1.0)], margin=0.0)
+PROMPTS = CostModel([(1, 0.030), (1001, 0.8)])
 STEEP = CostModel([(1, 0.030), (8, 0.034), (64, 0.090)])
 
 
@@ -332,6 +333,17 @@ def test_a_first_text_is_read_before_anything_was_saved() -> None:
     model.debts = {"b": 5500}
     grow(grower, draftee("b"), cost=STEEP)
     assert len(model.asked) == 1
+
+
+@pytest.mark.parametrize("prompt", [0, 1000])
+def test_a_prompt_in_the_step_makes_no_text_affordable(prompt: int) -> None:
+    """Steps that reading is weighed against are those to come, and the prompt is not in them."""
+    for read, affordable in ((5500, True), (40_000, False)):  # 0.11 and 0.8 seconds
+        model = Model(0.001)
+        grower = Layerwise(model, [], options())
+        model.debts = {"a": read}
+        grower.grow([draftee("a")], PROMPTS, base_rows=1 + prompt, base_tokens=1.0)
+        assert bool(model.asked) == affordable
 
 
 def test_the_passes_of_a_trial_are_paid_for_too() -> None:
