@@ -247,16 +247,12 @@ class CostModel(StepCost):
 
     def seconds(self, rows: int) -> float:
         """As the base class; every step asks, and one point needs no curve."""
-        at = self._anchor_rows
-        right = min(bisect_left(at, rows), len(at) - 1)
-        if rows > at[right]:
+        around = self._anchors(rows)
+        last, _ = around[-1]
+        if rows > self._anchor_rows[last]:
             return super().seconds(rows)
-        logs = (self._prior + self._own + self._drift)[: right + 1].tolist()
-        after = math.exp(max(logs))
-        if right == 0:
-            return after
-        before = math.exp(max(logs[:right]))
-        return before + (after - before) * (rows - at[right - 1]) / (at[right] - at[right - 1])
+        logs = (self._prior + self._own + self._drift)[: last + 1].tolist()
+        return sum(share * math.exp(max(logs[: anchor + 1])) for anchor, share in around)
 
     def _at(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         return _through(self._rows, np.exp(self._prior + self._own + self._drift), rows)

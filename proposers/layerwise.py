@@ -197,7 +197,7 @@ class Layerwise(DySpec):
         wanted = [draftee.request for draftee in draftees if draftee.limit]
         asked = wanted
         step = cost.seconds(base_rows)
-        # A step beside a long prompt may take twenty times as long; those to come do not.
+        # A step beside a long prompt takes many times as long; those to come do not.
         usual = min(step, cost.seconds(max(1, round(base_tokens))))
         if not self._free:
             self._allowance += _READING_SHARE * step if self._gates else _AT_FIRST * usual

@@ -108,6 +108,14 @@ def grow(grower: Layerwise | DySpec, *draftees: Draftee, cost: CostModel = FREE)
     return trees
 
 
+def asked_often(model: Model, request: str) -> Layerwise:
+    """A grower whose gate has made up its mind about the model."""
+    grower = Layerwise(model, [], options())
+    for _ in range(60):
+        grow(grower, draftee(request), cost=STEEP)
+    return grower
+
+
 def options(**more: float) -> DySpecOptions:
     made = {"max_nodes": 64, "max_batch_nodes": 500, "min_prob": 0.01, "max_depth": 8, **more}
     return DySpecOptions(**made)  # type: ignore[arg-type]
@@ -284,9 +292,7 @@ def test_a_new_request_is_tried_with_time_that_the_model_has_saved() -> None:
     def first_steps(saves: bool) -> tuple[list[str], list[str]]:
         model = Model(1e-4 if saves else 0.03)
         model.flatness = 0.05 if saves else 5.0
-        grower = Layerwise(model, [], options())
-        for _ in range(60):
-            grow(grower, draftee("easy"), cost=STEEP)
+        grower = asked_often(model, "easy")
         grower.stop("easy")
         model.pass_seconds, model.flatness = 0.03, 5.0
         for _ in range(300):
@@ -310,9 +316,7 @@ def test_what_a_trial_has_overdrawn_stays_owed() -> None:
     """Also where a text is read on the credit of an open gate."""
     model = Model(0.0005)
     model.flatness = 0.05
-    grower = Layerwise(model, [], options())
-    for _ in range(60):
-        grow(grower, draftee("a"), cost=STEEP)
+    grower = asked_often(model, "a")
     assert grower.gate is not None
     assert grower.gate.gain > 0.1
     grower._allowance = -1.0
@@ -349,9 +353,7 @@ def test_a_prompt_in_the_step_makes_no_text_affordable(prompt: int) -> None:
 def test_the_passes_of_a_trial_are_paid_for_too() -> None:
     model = Model(0.03)
     model.flatness = 5.0
-    grower = Layerwise(model, [], options())
-    for _ in range(60):
-        grow(grower, draftee("prose"), cost=STEEP)
+    grower = asked_often(model, "prose")
     assert grower.gate is not None
     assert not grower.gate.is_open
     model.pass_seconds, model.flatness = 0.001, 0.05
@@ -376,9 +378,7 @@ def test_requests_that_have_ended_are_forgotten() -> None:
 def test_new_requests_of_a_model_that_never_pays_take_a_small_share_of_the_time() -> None:
     model = Model(0.03)
     model.flatness = 5.0
-    grower = Layerwise(model, [], options())
-    for _ in range(60):  # until the gate is closed
-        grow(grower, draftee("first"), cost=STEEP)
+    grower = asked_often(model, "first")
     assert grower.gate is not None
     assert not grower.gate.is_open
     model.asked = []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_ext.cli.engine_types import GenerateResult
+from vllm_ext.cli.engine_types import EngineError, GenerateResult
 from vllm_ext.cli.prompts import EncodedPrompt, PromptFileError
 
 WARM_UP_TEXT = "Name the days of the week, one per line, and say what people like about each."
@@ -48,8 +48,8 @@ class Plan:
     learnt from the other sizes.
 
     `restart`: every round has engines of its own. Two engines of one configuration differ by some
-    percent, as long as they live: where the system happens to have put them. Within one life of the
-    engines that is part of every ratio, and no number of prompts averages it out.
+    percent as long as they live. Within one life of the engines that is part of every ratio, and no
+    number of prompts averages it out.
     """
 
     batches: Sequence[int]
@@ -163,7 +163,10 @@ def _start_anew(engines: Mapping[str, Engine], on_turn: Callable[[str], None]) -
     """One after the other, the rest halted: engines of this package measure when they start."""
     for name, engine in engines.items():
         on_turn(f"starting {name}")
-        engine.restart()
+        try:
+            engine.restart()
+        except EngineError as error:
+            raise EngineError(f"arm {name!r} did not start anew: {error}") from error
         engine.pause()
 
 

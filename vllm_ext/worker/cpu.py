@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,8 @@ class TreeCPUModelRunner(TreeRunnerMixin, CPUModelRunner):
         """
         if num_draft_tokens.any():
             return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
-        undrafted = _undrafted(len(num_draft_tokens))
-        undrafted.logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1)
-        return undrafted
+        last_rows = torch.from_numpy(cu_num_scheduled_tokens - 1)
+        return replace(_undrafted(len(num_draft_tokens)), logits_indices=last_rows)
 
 
 @functools.cache

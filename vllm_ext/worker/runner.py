@@ -175,7 +175,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         """Nothing is drafted: vLLM's own sampling, so that such a step costs what it costs there.
 
         Between two forward passes the processor's caches hold the weights and nothing else: code
-        that runs once a step takes ten times what it takes in a loop.
+        that runs once a step takes several times what it takes in a loop.
         """
         begin = time.perf_counter()
         self._seen = candidates(logits) if self._listens(step) else None

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from vllm_ext.cli.bench_run import Plan, count_measurements, groups_of, run
+from vllm_ext.cli.engine_types import EngineError
 from vllm_ext.cli.prompts import EncodedPrompt, PromptFileError
 
 PROMPTS = [EncodedPrompt(i, "t", [i]) for i in range(5)]
@@ -86,6 +87,20 @@ def test_further_rounds_may_have_engines_of_their_own(restart: bool, FakeEngine:
     assert told.count("starting a") == (2 if restart else 0)
     warm_ups = sum(prompts[0] == [99] for prompts, _ in engines["a"].calls)
     assert warm_ups == (2 * 3 if restart else 2)  # at each batch size of each life
+
+
+def test_an_arm_that_does_not_start_anew_is_named(
+    FakeEngine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = {"none": FakeEngine(), "a": FakeEngine()}
+
+    def broken() -> None:
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(engines["a"], "restart", broken)
+    plan = Plan([1], rounds=2, max_tokens=4, temperature=0.0, restart=True)
+    with pytest.raises(EngineError, match="arm 'a' did not start anew: no memory"):
+        list(run(engines, PROMPTS, [9], plan))
 
 
 def test_sampled_requests_have_the_same_seed_on_every_arm_and_another_in_every_round() -> None:

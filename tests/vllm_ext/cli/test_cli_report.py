@@ -78,6 +78,17 @@ def test_one_line_per_arm_and_batch(result: dict[str, Any]) -> None:
     ]
 
 
+def test_rounds_are_shown_one_by_one(result: dict[str, Any]) -> None:
+    text = markdown(result)
+    assert "started anew" not in text
+    fast = result["arms"]["fast"][0]
+    fast["ratio_by_round"] = [{"median": 2.4}, {"median": 2.61}]
+    result["settings"] |= {"rounds": 2, "engines_per_round": True}
+    text = markdown(result)
+    assert "rounds: 2, engines started anew for each; prompts" in text
+    assert rows(text)[4][7] == "2.50 [2.50, 2.50] (2.40, 2.61)"
+
+
 def test_data_sets_and_their_tasks(result: dict[str, Any]) -> None:
     found = rows(markdown(result))[6:]
     assert found[0] == ["", "groups", "`fast`, batch 1", "`fast`, batch 2"]

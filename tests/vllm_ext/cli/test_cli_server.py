@@ -132,6 +132,23 @@ def test_streams_are_read_side_by_side_with_times_and_counts() -> None:
         assert engine.generate([[5]], [{}]).draft_tokens == 1
 
 
+def test_a_halted_server_can_be_started_anew() -> None:
+    pytest.importorskip("openai")
+    with ServedEngine(CONFIG) as engine:
+        first = worker_of(engine._server.log)
+        engine.pause()
+        engine.restart()
+        assert ends(first)
+        assert worker_of(engine._server.log) != first
+        assert engine.generate([[5]], [{}]).num_tokens == 1
+
+
+def test_bench_restarts_between_rounds_or_not_at_all(prompts: Path, tmp_path: Path) -> None:
+    result = bench("m", prompts, tmp_path / "out.json", "--restart")
+    assert result.exit_code == 2
+    assert "give --repeat" in result.output
+
+
 def test_rows_are_encoded_by_the_server() -> None:
     pytest.importorskip("openai")
     with ServedEngine(CONFIG) as engine:

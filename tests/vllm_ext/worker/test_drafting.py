@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,18 @@ def test_while_nothing_is_drafted_few_steps_are_learnt_from() -> None:
     assert heard.index(True) == LISTEN_EVERY - 1
     assert all(drafting.listens(drafted) for _ in range(3))  # a trial: its rows are there
     assert not drafting.listens(plain)
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_only_requests_that_are_known_are_asked_about(rests: bool) -> None:
+    listener: Any = Listener()
+    listener.rests = lambda *asked: listener.__dict__.update(asked=asked) or rests
+    drafting = Drafting(listener, trees=True)
+    drafting.start("a", state_of(2))
+    drafting.trees = {"a": TokenTree.chain([3], [0.5])}
+    assert drafting.rests(["a", "stranger"], 7) == rests
+    assert listener.asked == (1, 7)
+    assert (drafting.trees == {}) == rests  # nothing of the step before is left
 
 
 def test_a_step_that_is_not_learnt_from_still_tells_the_tokens() -> None:

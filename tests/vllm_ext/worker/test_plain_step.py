@@ -33,7 +33,9 @@ class Stock:
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         assert spec_decode_metadata is None
         self.sampled += 1
-        return self.sampler(logits=logits, sampling_metadata=self.input_batch.sampling_metadata)
+        drawn = self.sampler(logits=logits, sampling_metadata=self.input_batch.sampling_metadata)
+        logits.zero_()  # it may: a processor writes into them
+        return drawn
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         return SimpleNamespace(req_ids=["x", "y"])
@@ -84,7 +86,7 @@ def test_a_step_without_drafts_is_plain() -> None:
 def test_a_plain_step_is_sampled_by_vllm(listening: bool) -> None:
     runner = Runner({}, 3)
     runner.listening = listening
-    output = runner._sample(LOGITS, None)
+    output = runner._sample(LOGITS.clone(), None)
     assert runner.sampled == 1
     assert output.sampled_token_ids.tolist() == [[3], [5], [7]]
     assert (runner._seen is not None) == listening
@@ -116,6 +118,54 @@ def test_what_a_plain_step_emitted_is_read_from_the_bookkeeping() -> None:
     walked = WalkResult.plain([[3], [], [7]])  # the second one's prompt is unfinished
     assert walked.tokens == [[3], [], [7]]
     assert walked.paths == [[], [], []]
+
+
+@pytest.mark.parametrize("drawn_rule", [None, SimpleNamespace()])
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_step_that_rests_makes_nothing_ready(rests: bool, drawn_rule: Any) -> None:
+    called: list[Any] = []
+
+    def note(name: str, answer: Any = None) -> Any:
+        return lambda *args, **given: called.append((name, given.get("asked"))) or answer
+
+    state = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None), num_tokens=5)
+    drafting = SimpleNamespace(
+        trees={},
+        drafter=SimpleNamespace(gate=None),
+        learn=note("learn"),
+        see=note("see"),
+        rests=note("rests", rests),
+        propose=note("propose"),
+    )
+    runner: Any = SimpleNamespace(
+        _drafting=drafting,
+        _walked=None,
+        _step=None,
+        _seen=None,
+        _sampled=drawn_rule,
+        _predictor=None,
+        _token_budget=64,
+        max_model_len=5,  # no room for nodes
+        num_spec_tokens=4,
+        requests={"x": state},
+        _settle_pearl=note("pearl"),
+        _learn_draws=note("draws"),
+        _draw_trees=note("draw", {}),
+        _prune_forbidden=note("prune"),
+        _count_decisions=note("count"),
+    )
+    state.sampling_params.max_tokens = None
+    scheduled = SimpleNamespace(num_scheduled_tokens={"x": 1})
+    assert TreeRunnerMixin._draft(runner, scheduled, ["x"], [[3]], [], LOGITS) == {}
+    assert runner._walked.tokens == [[3]]
+    names = [name for name, _ in called]
+    assert {"pearl", "learn", "count"} <= set(names)
+    # Drawn drafts have a gate of their own, so there the drafter asks its gate itself.
+    assert ("rests" in names) == (drawn_rule is None)
+    if rests and drawn_rule is None:
+        assert not {"see", "draw", "propose", "prune"} & set(names)
+    else:
+        assert ("propose", drawn_rule is None) in called
 
 
 def test_no_drafts_are_not_sent() -> None:
