@@ -291,6 +291,9 @@ class _Distilling:
                     self._plan.others,
                     self._job.seed,
                     keep_every=self._plan.keep_every,
+                    # As fast as the target itself computes (see `load_target`).
+                    narrow=self._target.device.type != "cpu"
+                    or self._target.dtype == torch.bfloat16,
                 ),
                 budget,
                 self._clock,

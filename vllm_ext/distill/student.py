@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_ext.cli.environment import fast_dtype
+from vllm_ext.distill import grouped
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.identity import TOKENIZER_FILES
 
@@ -34,21 +36,30 @@ _COPIED = (
 
 
 def load_target(folder: Path, device: torch.device) -> Any:
-    """The target, for inference: float32 on a CPU, in its own dtype on a GPU.
+    """The target, for inference, in its own dtype where the device multiplies fast in that.
+
+    That is any GPU, and for bfloat16 a CPU with instructions for it; other CPUs take float32.
 
     Raises:
         DistillError: if it cannot be loaded, or is not a decoder whose parts are found.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
+        dtype = "auto" if device.type != "cpu" or is_fast(stored_dtype(folder)) else torch.float32
         target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DistillError(f"target {folder} cannot be loaded: {error}") from error
     target = target.to(device).eval().requires_grad_(False)
     check_target(target)
+    if device.type == "cpu":
+        grouped.use(target)
     return target
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU computes in `dtype` faster than in float32."""
+    return dtype == torch.bfloat16 and fast_dtype() == "bfloat16"
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vllm_ext.distill.filled_cache import filled_cache
 from vllm_ext.distill.student import head_logits
 
 # Of rows 0, 1, 2, 3, ...: users ask for greedy answers and for varied ones.
@@ -151,8 +152,6 @@ def write(
         generator: of the draws, on the CPU.
         advance: called with the number of new tokens.
     """
-    from transformers import DynamicCache
-
     device = target.device
     # A prompt may begin with more than a row takes.
     forced = [deque(writer.known()[:length]) for writer in writers]
@@ -161,7 +160,7 @@ def write(
         [[row.popleft() for _ in range(start)] for row in forced], dtype=torch.int64
     )
     heat = torch.tensor([writer.temperature for writer in writers], device=device)[:, None]
-    cache = DynamicCache(config=target.config)
+    cache = filled_cache(target.config, length)
     labelled: list[tuple[Tensor, Tensor]] = []
     read = tokens
     while True:

@@ -35,6 +35,7 @@ class TrainSettings:
         warmup: share of the time in which the learning rate rises.
         clip: largest norm of a gradient.
         keep_every: seconds between checkpoints.
+        narrow: whether products are computed in bfloat16; weights and gradients stay float32.
     """
 
     rate: float
@@ -44,6 +45,7 @@ class TrainSettings:
     warmup: float = 0.03
     clip: float = 1.0
     keep_every: float = 60.0
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _step(student: Any, data: Labelled, settings: TrainSettings, step: int) -> f
     probs = data.probs[rows].to(device, torch.float32).flatten(0, 1)
     generator = torch.Generator().manual_seed(settings.seed + step)
     chosen = candidates(ids, student.config.vocab_size, settings.others, generator)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.narrow):
         hidden = student.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         logits = head_logits(student, hidden, chosen.tokens)
     loss = forward_kl(logits, probs, chosen)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,11 +49,14 @@ class Drafting:
     Args:
         drafter: of the configured method.
         trees: whether branching trees can be verified; otherwise chains are drafted.
+        later: whether a step's rows are learnt when `catch_up` is called and not at once.
     """
 
-    def __init__(self, drafter: TreeDrafter, trees: bool) -> None:
+    def __init__(self, drafter: TreeDrafter, trees: bool, *, later: bool = False) -> None:
         self.drafter = drafter
         self.trees: dict[str, TokenTree] = {}
+        self._later = later
+        self._unobserved: Callable[[], None] | None = None
         self._branching = trees
         self._known: dict[str, int] = {}  # tokens that the drafter has of each request
         self._unlearnt = 0  # steps since rows were learnt last
@@ -112,7 +116,16 @@ class Drafting:
             tokens: what each request emitted; empty for unfinished prompts.
         """
         if seen is not None:
-            self._observe(step, walked, seen, request_ids, states, tokens)
+            self.catch_up()  # what was seen first counts less
+            tails = [
+                _tail(states[request_id], len(emitted))
+                if emitted and states[request_id].prompt_token_ids is not None
+                else None
+                for request_id, emitted in zip(request_ids, tokens, strict=True)
+            ]
+            self._unobserved = partial(self._observe, step, walked, seen, tails)
+            if not self._later:
+                self.catch_up()
         for index, request_id in enumerate(request_ids):
             state = states[request_id]
             if not tokens[index] or state.prompt_token_ids is None:
@@ -123,30 +136,32 @@ class Drafting:
             else:  # new, or its text was changed behind our back
                 self.start(request_id, state)
 
+    def catch_up(self) -> None:
+        """Learn from rows that `learn` has left for later.
+
+        Drafts need a step's tokens, but hardly its rows: those may wait until the next step
+        computes, where that leaves the processor free.
+        """
+        observe, self._unobserved = self._unobserved, None
+        if observe is not None:
+            observe()
+
     def _observe(
-        self,
-        step: Step,
-        walked: WalkResult,
-        seen: Candidates,
-        request_ids: Sequence[str],
-        states: Mapping[str, Any],
-        tokens: Sequence[Sequence[int]],
+        self, step: Step, walked: WalkResult, seen: Candidates, tails: Sequence[_Tail | None]
     ) -> None:
-        """The part of `learn` that is about the rows."""
+        """The part of `learn` that is about the rows; ``tails`` by request, if it emitted."""
         rejected: list[tuple[int, int, int]] = []  # (before, last, row)
         accepted: list[tuple[int, int, int]] = []
         spaces: dict[int, int] = {}
-        for index, request_id in enumerate(request_ids):
-            state = states[request_id]
-            if not tokens[index] or state.prompt_token_ids is None:
+        for index, tail in enumerate(tails):
+            if tail is None:
                 continue
-            before, root = _tail(state, len(tokens[index]))
             tree, start = step.trees[index], step.starts[index]
-            spaces.update(dict.fromkeys(range(start, start + 1 + len(tree)), _adapter(state)))
+            spaces.update(dict.fromkeys(range(start, start + 1 + len(tree)), tail.adapter))
             on_path = set(walked.paths[index])
-            accepted.append((before, root, start))
+            accepted.append((tail.before, tail.last, start))
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-                context = root if parent < 0 else tree.tokens[parent]
+                context = tail.last if parent < 0 else tree.tokens[parent]
                 row = (context, token, start + 1 + node)
                 (accepted if node in on_path else rejected).append(row)
         rows = rejected + accepted  # on a shared context the later row counts
@@ -297,11 +312,19 @@ def _adapter(state: Any) -> int:
     return state.lora_request.lora_int_id if state.lora_request is not None else 0
 
 
-def _tail(state: Any, emitted: int) -> tuple[int, int]:
-    """The last two tokens before the ``emitted`` newest ones (-1 where there is none)."""
+class _Tail(NamedTuple):
+    """What a request ended with before a step: tokens, -1 where there is none, and its adapter."""
+
+    before: int
+    last: int
+    adapter: int
+
+
+def _tail(state: Any, emitted: int) -> _Tail:
+    """The tail before the ``emitted`` newest tokens."""
     end = state.num_tokens - emitted
 
     def token(position: int) -> int:
         return int(state.get_token_id(position)) if position >= 0 else -1
 
-    return token(end - 2), token(end - 1)
+    return _Tail(token(end - 2), token(end - 1), _adapter(state))

@@ -38,6 +38,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
 
     touched = hooks.WORKER + hooks.CUDA
     walk_is_timed = False
+    learns_later = True
     partial_trees = False  # the kernel's rows are the tree's; a few rows more cost a GPU little
     processors = 1
 

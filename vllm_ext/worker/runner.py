@@ -58,10 +58,12 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             ``None``.
         touched: the hooks that this runner and its worker rely on.
         walk_is_timed: whether the walk's time is its own; a device's waits for the forward pass.
+        learns_later: whether rows are learnt from while a device computes the next step.
     """
 
     touched: tuple[hooks.Hook, ...] = hooks.WORKER
     walk_is_timed = True
+    learns_later = False
     trees_refused: str | None = "tree attention was not set up"
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -100,7 +102,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             self._method, self._options, self._resources, self._timer.cost, self._level_predictor()
         )
         self._sampled = self._new_sampled()
-        return Drafting(drafter, trees=self.trees_refused is None)
+        return Drafting(drafter, trees=self.trees_refused is None, later=self.learns_later)
 
     def announce(self: Any, attention: str, prior: list[tuple[int, float]]) -> None:
         """Log what is in place, in one line."""
@@ -153,6 +155,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if logits is None or self._step is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        if self.learns_later:
+            self._catch_up()
         step: Step = self._step
         if step.plain and self._sampled is None and not self._undrawn():
             return self._sample_plain(logits, step)
@@ -295,6 +299,14 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
             logger.error("vllm-ext: drafting fails again and again and stays off; see above")
         self.drop_failed_draft_model()
         self._drafting = self._new_drafting()
+
+    def _catch_up(self: Any) -> None:
+        """Learn from the rows of the step before; the device computes, and nobody waits for it."""
+        try:
+            if self._drafting is not None:
+                self._drafting.catch_up()
+        except Exception:
+            self._drop_drafting()
 
     def _draft(
         self: Any,

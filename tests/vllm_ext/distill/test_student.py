@@ -103,6 +103,29 @@ def test_the_stored_dtype(target: Any, target_folder: Path, tmp_path: Path) -> N
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("stored", "fast", "loaded"),
+    [
+        (torch.bfloat16, "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "bfloat16", torch.float32),
+        (torch.float32, "bfloat16", torch.float32),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_is_fast(
+    target: Any,
+    target_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: torch.dtype,
+    fast: str,
+    loaded: torch.dtype,
+) -> None:
+    save_student(make_student(target, [0]), target_folder, tmp_path, stored)
+    monkeypatch.setattr("vllm_ext.distill.student.fast_dtype", lambda: fast)
+    assert load_target(tmp_path, torch.device("cpu")).dtype == loaded
+
+
 def tiny_gemma() -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 

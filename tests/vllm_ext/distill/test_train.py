@@ -48,9 +48,14 @@ def kl(target: Any, student: Any, data: Labelled) -> float:
         return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_training_lowers_the_kl(target: Any, labelled: Labelled, tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_training_lowers_the_kl(
+    target: Any, labelled: Labelled, tmp_path: Path, narrow: bool
+) -> None:
     before = kl(target, make_student(target, [0, 2]), labelled)
-    student, state = trained(target, labelled, tmp_path / "a.pt")
+    settings = dataclasses.replace(SETTINGS, narrow=narrow)
+    student, state = trained(target, labelled, tmp_path / "a.pt", settings)
+    assert student.dtype == torch.float32
     assert kl(target, student, labelled) < 0.8 * before
     assert state.step == 30
     assert state.epochs == 30 * 2 / 8

@@ -133,3 +133,53 @@ def test_a_step_that_is_not_learnt_from_still_tells_the_tokens() -> None:
     assert (listener.observed, listener.extended) == (0, 1)
     drafting.learn(step, walked, seen, ["a"], {"a": state_of(2, 4, 4)}, [[4]])
     assert (listener.observed, listener.extended) == (1, 2)
+
+
+class Reader(Listener):
+    """A drafter that keeps the rows it is told about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[Any]] = []
+
+    def observe(self, rows: Any) -> None:
+        self.rows.append([rows.contexts.tolist(), rows.top_ids.tolist(), rows.namespaces.tolist()])
+
+
+def test_rows_that_are_learnt_later_are_the_same_rows() -> None:
+    tree = TokenTree((3, 4, 5), (-1, 0, 0), (0.5,) * 3)
+    seen = Candidates(np.arange(32).reshape(4, 8), np.zeros((4, 8), np.float32))
+    told = {}
+    for later in (False, True):
+        reader: Any = Reader()
+        drafting = Drafting(reader, trees=True, later=later)
+        state = state_of(2, 3, 5, 9)
+        drafting.start("a", state_of(2))
+        walked = WalkResult([[3, 5, 9]], [[0, 2]], [])
+        drafting.learn(step_of(tree), walked, seen, ["a"], {"a": state}, [[3, 5, 9]])
+        assert (reader.rows == []) == later  # nothing yet, if later
+        assert reader.extended == 1  # tokens are told at once: the next draft needs them
+        # The request goes on before the rows are looked at, and ends.
+        state.num_tokens = 0
+        drafting.stop = lambda request: None  # type: ignore[method-assign]
+        drafting.catch_up()
+        drafting.catch_up()
+        told[later] = reader.rows
+    assert told[True] == told[False]
+    ((contexts, ids, spaces),) = told[True]
+    assert sorted(c for c in contexts if c != [1, 2]) == [[2, 3], [3, 4], [3, 5]]
+    assert len(contexts) == len(ids) == len(spaces) == 4
+
+
+def test_what_was_seen_first_is_learnt_first() -> None:
+    reader: Any = Reader()
+    drafting = Drafting(reader, trees=True, later=True)
+    drafting.start("a", state_of(2))
+    for number in (1, 2):
+        seen = Candidates(np.full((1, 8), number), np.zeros((1, 8), np.float32))
+        output = (2, 4, 4)[: 1 + number]
+        walked = WalkResult([[4]], [[]], [])
+        step = step_of(TokenTree.EMPTY)
+        drafting.learn(step, walked, seen, ["a"], {"a": state_of(*output)}, [[4]])
+    drafting.catch_up()
+    assert [ids[0][0] for _, ids, _ in reader.rows] == [1, 2]

@@ -165,3 +165,31 @@ def test_one_rank_refuses_for_all(reasons: list[str | None], monkeypatch: Any) -
     monkeypatch.setattr(gpu, "get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     assert agreed(None) == reasons[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_are_learnt_while_the_device_computes(fails: bool, monkeypatch: Any) -> None:
+    """Before the walk, whose first result is what the host waits for."""
+    runner = Runner({"x": TREE})
+    runner.prepare()
+    order: list[str] = []
+
+    def catch_up() -> None:
+        order.append("learn")
+        if fails:
+            raise ValueError("broken")
+
+    runner._drafting.catch_up = catch_up
+    runner._sampled = None
+    walked = WalkResult([[5]], [[]], [None])
+    monkeypatch.setattr(runner, "_verify", lambda *step: order.append("walk") or (None, walked))
+    monkeypatch.setattr(runner, "_drop_drafting", lambda: order.append("drop"))
+    monkeypatch.setattr(runner, "_slot_mappings_by_layer", dict)
+    monkeypatch.setattr("vllm_ext.worker.runner.commit", lambda *args: None)
+    runner.compilation_config = SimpleNamespace(static_forward_context={})
+    runner._sample(torch.zeros(4, 16), None)
+    assert order == (["learn", "drop", "walk"] if fails else ["learn", "walk"])
+    runner.learns_later = False  # a CPU: nothing runs beside the host
+    order.clear()
+    runner._sample(torch.zeros(4, 16), None)
+    assert order == ["walk"]
