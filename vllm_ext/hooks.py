@@ -404,6 +404,21 @@ CUDA = (
         "vLLM lets attention metadata veto full CUDA graphs",
     ),
     Hook(
+        "cuda-graph-sizes",
+        f"{_RUNNER}._check_and_update_cudagraph_mode",
+        ("self", "attention_backends", "kv_cache_groups"),
+        "before it, uniform_decode_query_len becomes 1, so that steps without drafts replay the "
+        "full graphs that they replay without speculation",
+        "vLLM captures graphs for steps without drafts under speculation",
+    ),
+    Hook(
+        "cuda-graph-keys",
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.initialize_cudagraph_keys",
+        ("self", "cudagraph_mode", "uniform_decode_query_len"),
+        "its uniform_decode_query_len has to be the runner's",
+        "as cuda-graph-sizes",
+    ),
+    Hook(
         "backend-classes",
         "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class",
         ("self",),

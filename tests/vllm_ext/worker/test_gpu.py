@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker import gpu_model_runner
 
@@ -193,3 +195,70 @@ def test_rows_are_learnt_while_the_device_computes(fails: bool, monkeypatch: Any
     order.clear()
     runner._sample(torch.zeros(4, 16), None)
     assert order == ["walk"]
+
+
+SPECULATED = 32
+
+
+class Graphs:
+    """The parts of vLLM's runner that decide which CUDA graphs there are; no device is asked."""
+
+    # As vLLM chooses them for 64 requests with 32 drafted tokens each.
+    sizes = (*(1, 2, 4), *range(8, 256, 8), *range(256, 513, 16), *(33 * n for n in (1, 2, 4)))
+
+    def __init__(self) -> None:
+        self.compilation_config = CompilationConfig(
+            mode=CompilationMode.VLLM_COMPILE,
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+            cudagraph_capture_sizes=sorted(set(self.sizes)),
+            max_cudagraph_capture_size=512,
+            splitting_ops=list(CompilationConfig._attention_ops),
+        )
+        self.vllm_config: Any = SimpleNamespace(
+            compilation_config=self.compilation_config,
+            num_speculative_tokens=SPECULATED,
+            scheduler_config=SimpleNamespace(max_num_seqs=64),
+            lora_config=None,
+        )
+        self.kv_cache_config = self.speculative_config = None
+        self.max_num_reqs = 64
+        self.uniform_decode_query_len = 1 + SPECULATED
+        self.cudagraph_dispatcher = CudagraphDispatcher(self.vllm_config)
+
+    _check_and_update_cudagraph_mode = (
+        gpu_model_runner.GPUModelRunner._check_and_update_cudagraph_mode
+    )
+
+    def graph_for(self, *rows: int) -> tuple[str, int]:
+        """Which kind of graph a step of requests with so many rows replays, and its rows."""
+        uniform = gpu_model_runner.GPUModelRunner._is_uniform_decode(
+            max(rows), self.uniform_decode_query_len, sum(rows), len(rows)
+        )
+        mode, size = self.cudagraph_dispatcher.dispatch(sum(rows), uniform_decode=uniform)
+        return mode.name, size.num_tokens
+
+
+class OurGraphs(TreeGPURunnerMixin, Graphs):  # type: ignore[misc]
+    def __init__(self) -> None:
+        Graphs.__init__(self)
+
+
+def test_a_step_without_drafts_replays_the_graph_that_it_replays_without_us() -> None:
+    ours, stock = OurGraphs(), Graphs()
+    without = Graphs()
+    without.vllm_config.num_speculative_tokens = 0
+    without.cudagraph_dispatcher = CudagraphDispatcher(without.vllm_config)
+    without.uniform_decode_query_len = 1
+    for runner in (ours, stock, without):
+        runner._check_and_update_cudagraph_mode([], [])
+    for requests in (1, 3, 8, 64):
+        plain = (1,) * requests
+        assert ours.graph_for(*plain) == without.graph_for(*plain)
+        assert ours.graph_for(*plain)[0] == "FULL"
+    assert ours.graph_for(1, 1, 1) == ("FULL", 4)
+    # What it is for: vLLM's own choice computes 33 rows for one.
+    assert stock.graph_for(1) == ("PIECEWISE", 33)
+    # A tree's rows are no decoding of many requests, and are hardly padded.
+    assert ours.graph_for(7) == ("PIECEWISE", 8)
+    assert ours.graph_for(1 + SPECULATED) == ("PIECEWISE", 33)
+    assert ours.graph_for(1, 7, 1) == ("PIECEWISE", 16)
