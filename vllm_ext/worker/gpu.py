@@ -59,7 +59,6 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         if step.attention is not None:
             from vllm_ext.attention.tree_launch import DeviceStep
 
-            step.attention.rows = step.attention.rows.to(self.device, non_blocking=True)
             count = self.input_batch.num_reqs
             self._device_step = DeviceStep.build(
                 step,

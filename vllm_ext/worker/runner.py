@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
@@ -140,9 +141,11 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         branching = len(step.attention.trees) if step.attention is not None else 0
         self._timer.attend(contexts, [len(tree) for tree in step.trees], branching)
         if step.attention is not None:
-            for tree in step.attention.trees:
-                positions = torch.from_numpy(tree.base + tree.depths)
-                self.positions[tree.start : tree.start + tree.size] = positions
+            # In one go: to a GPU every copy is a call of its own.
+            trees = step.attention.trees
+            positions = torch.from_numpy(np.concatenate([t.base + t.depths for t in trees]))
+            rows = step.attention.rows = step.attention.rows.to(self.device, non_blocking=True)
+            self.positions[rows] = positions.to(self.device, non_blocking=True)
         return prepared
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
