@@ -39,11 +39,11 @@ class OptimalTemplates:
     def __init__(self, acceptance: Sequence[float], size: int, depth: int) -> None:
         if not acceptance or min(acceptance) < 0.0 or not sum(acceptance) <= 1.0 + 1e-9:
             raise ValueError(
-                f"optimal_template: acceptance={list(acceptance)}; give probabilities of "
+                f"OptimalTemplates: acceptance={list(acceptance)}; give probabilities of "
                 "exclusive events, one per rank"
             )
         if size < 1 or depth < 1:
-            raise ValueError(f"optimal_template: size={size}, depth={depth}; both are at least 1")
+            raise ValueError(f"OptimalTemplates: size={size}, depth={depth}; both are at least 1")
         ranks = len(acceptance)
         # best[d, r, n]: the most from n nodes in d levels below one node whose children start at
         # rank r; taken[d, r, n]: how many of them go to the child r and its subtree.
@@ -81,19 +81,6 @@ class OptimalTemplates:
                 stack.append((path, d - 1, 0, m - 1))
                 stack.append((above, d, r + 1, n - m))
         return tuple(sorted(paths, key=lambda path: (len(path), path)))
-
-
-def optimal_template(acceptance: Sequence[float], size: int, depth: int) -> tuple[Path, ...]:
-    """The shape of at most `size` nodes and `depth` levels with the most accepted tokens.
-
-    Args, what it returns and raises: see `OptimalTemplates`.
-    """
-    return OptimalTemplates(acceptance, size, depth).template(size, depth)
-
-
-def expected_tokens(template: Sequence[Path], acceptance: Sequence[float]) -> float:
-    """Tokens per step with this template: its accepted nodes and the target's own token."""
-    return 1.0 + sum(float(np.prod([acceptance[rank] for rank in path])) for path in template)
 
 
 def grow_template(tree: SampledTree, template: Sequence[Path], chance: Chance) -> LevelwiseGrowth:

@@ -21,16 +21,12 @@ from proposers.grower import Draftee
 from proposers.law import DraftLaw
 from proposers.rsd import grow_constant, grow_stochastic_beam
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree, grow
-from proposers.sequoia import (
-    OptimalTemplates,
-    expected_tokens,
-    grow_template,
-    optimal_template,
-)
+from proposers.sequoia import OptimalTemplates, grow_template
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
 from proposers.template import Path, StaticTemplate
 from proposers.tree import ROOT
+from tests.shapes import expected_tokens, optimal_template
 
 VOCAB = 6
 

@@ -10,7 +10,7 @@ import pytest
 
 from proposers.cost_model import CostModel
 from proposers.sampled_size import NO_TREE, AcceptanceByRank, Shape, SizeByExpectation
-from proposers.sequoia import optimal_template
+from tests.shapes import optimal_template
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 FREE = CostModel([(1, 1.0)], margin=0.0)

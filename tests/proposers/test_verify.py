@@ -31,7 +31,7 @@ from proposers.dyspec_sampled import grow_heap, grow_threshold
 from proposers.law import DraftLaw, normalised
 from proposers.rsd import grow_constant, grow_stochastic_beam
 from proposers.sampled_tree import LevelwiseGrowth, SampledTree
-from proposers.sequoia import grow_template, optimal_template
+from proposers.sequoia import grow_template
 from proposers.specdec import grow_chain
 from proposers.spectr import grow_chains
 from proposers.tree import ROOT
@@ -39,6 +39,7 @@ from proposers.verify_block import BlockWalk
 from proposers.verify_kseq import any_accepted, gamma, kseq
 from proposers.verify_swor import swor
 from proposers.verify_tree import TreeWalk, verify
+from tests.shapes import optimal_template
 
 EXACT = 1e-12
 NOTICEABLE = 1e-4

@@ -15,10 +15,10 @@ from vllm import SamplingParams
 from proposers.cost_model import CostModel
 from proposers.levels import LevelNode
 from proposers.sampled_size import AcceptanceByRank, Shape
-from proposers.sequoia import expected_tokens, optimal_template
 from proposers.tree import ROOT, TokenTree
 from proposers.verify_block import BlockWalk
 from proposers.verify_tree import TreeWalk, verify
+from tests.shapes import expected_tokens, optimal_template
 from vllm_ext.worker.sampled_drafting import Applicant, Draw, Rule, SampledDrafting, draft_law
 
 VOCAB = 6
