@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vllm_ext.distill.test_student import tiny_gemma
+from vllm_ext.distill import grouped
 from vllm_ext.distill.teacher import Answer, Labelled, Stream, _draw, read, write
 
 END = 1
@@ -28,6 +30,15 @@ def test_writing_labels_as_reading_does(target: Any) -> None:
     assert torch.equal(made.ids[..., 0], again.ids[..., 0])
     torch.testing.assert_close(made.probs.float(), again.probs.float(), rtol=1e-2, atol=1e-3)
     assert made.ids.shape == made.probs.shape == (3, 24, 8)
+
+
+def test_layers_with_windows_write_as_they_read() -> None:
+    """Rows longer than a window, whose layers keep transformers' cache and get masks."""
+    model = tiny_gemma()
+    grouped.use(model)
+    made = written(model, streams([5, 6, 7], [8, 9]))
+    again = read(model, made.tokens.long(), 8, 2)
+    torch.testing.assert_close(made.probs.float(), again.probs.float(), rtol=1e-2, atol=1e-3)
 
 
 def test_labels_are_the_targets_distribution(target: Any) -> None:
