@@ -221,6 +221,7 @@ class Graphs:
             lora_config=None,
         )
         self.kv_cache_config = self.speculative_config = None
+        self.parallel_config = SimpleNamespace(tensor_parallel_size=1)  # asked by vLLM 0.31
         self.max_num_reqs = 64
         self.uniform_decode_query_len = 1 + SPECULATED
         self.cudagraph_dispatcher = CudagraphDispatcher(self.vllm_config)
