@@ -45,9 +45,11 @@ def test_same_tokens_through_the_triton_kernel(engines: tuple[Any, Any]) -> None
     assert state["launches"] > 5
     assert state["branching_trees"] > 5
     assert state["accepted_tokens"] > 5
-    # The control: with the wrong mask the text changes.
-    ours.collective_rpc("hide_ancestors")
-    assert texts(ours, requests, greedy) != expected
+    assert state["moved"] > 5
+    # The controls: with nodes in the wrong slots, or with the wrong mask, the text changes.
+    for broken in ("leave_nodes_where_they_are", "hide_ancestors"):
+        ours.collective_rpc(broken)
+        assert texts(ours, requests, greedy) != expected
 
 
 def test_a_draft_model_through_the_triton_kernel(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from proposers.cost_model import AttentionCost
 from vllm_ext.attention.cuda import tree_backend
 from vllm_ext.attention.cuda_setup import set_up_tree_attention
+from vllm_ext.worker.commit import displaced
 from vllm_ext.worker.cpu import TreeCPUModelRunner, _runner_class
 from vllm_ext.worker.gpu import TreeGPURunnerMixin
 
@@ -73,7 +74,11 @@ TreePlainBackend = tree_backend(PlainBackend)
 
 
 class TritonRunner(TreeGPURunnerMixin, TreeCPUModelRunner):
-    launches = 0
+    launches = moved = 0
+
+    def _commit(self: Any, step: Any, paths: Any) -> None:
+        self.moved += self.mover is not None and any(displaced(step, paths))
+        super()._commit(step, paths)
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.launches += self._device_step is not None
@@ -104,8 +109,14 @@ class TritonWorker(CPUWorker):
         return {
             "refused": runner.trees_refused,
             "launches": int(runner.launches),
+            "moved": int(runner.moved),
             **runner._counters.snapshot(),
         }
+
+    def leave_nodes_where_they_are(self) -> None:
+        """Break the commit: what was accepted stays in the slots of the tree."""
+        runner: Any = self.model_runner
+        runner.mover.commit = lambda *step: None
 
     def hide_ancestors(self) -> None:
         """Break the kernel's mask: every row sees every row before it."""

@@ -23,7 +23,14 @@ def set_up_tree_attention(runner: Any) -> str | None:
     Returns:
         Why branching trees are refused, or ``None`` if they can be verified.
     """
-    return _why_not_here(runner) or _why_not_these_layers(runner)
+    reason = _why_not_here(runner) or _why_not_these_layers(runner)
+    if reason is None:
+        from vllm_ext.attention.cuda_move import make_mover
+
+        runner.mover = make_mover(
+            _target_layers(runner), runner.compilation_config.static_forward_context
+        )
+    return reason
 
 
 def _why_not_here(runner: Any) -> str | None:
@@ -70,6 +77,16 @@ def _why_not_these_layers(runner: Any) -> str | None:
             if reason is not None:
                 return f"{reason} in layer {layer_name}"
     return None if tested else "no attention layer"
+
+
+def _target_layers(runner: Any) -> list[list[str]]:
+    """Names of the target's attention layers, by KV cache group."""
+    draft = getattr(runner, "_draft_model", None)
+    others = set(draft.layers) if draft is not None else set()  # whose rows are no tree of ours
+    return [
+        [name for group in groups for name in group.layer_names if name not in others]
+        for groups in runner.attn_groups
+    ]
 
 
 def _layers(runner: Any) -> Iterator[tuple[Any, str, Any]]:

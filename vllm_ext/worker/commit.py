@@ -17,28 +17,45 @@ import torch
 from vllm_ext.worker.step import AttentionStep
 
 
-def accepted_moves(
-    step: AttentionStep, paths: Sequence[Sequence[int]]
-) -> tuple[list[int], list[int]]:
-    """Which stashed rows go where.
+def displaced(step: AttentionStep, paths: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Per branching tree, the accepted rows that are not where they belong.
 
     Args:
         step: the step's branching trees.
         paths: per request of the batch, its accepted nodes in order.
 
     Returns:
-        Indices into the stash, and for each the batch row whose slot it must fill.  The j-th
-        accepted node (from 1) belongs to the slot of row ``start + j``; a node that is already
-        there is left out.
+        Which of the tree's rows goes to the slot of which other, in the order of the path: the j-th
+        accepted node (from 1) belongs to the slot of row j.
+    """
+    return [
+        [
+            (node + 1, depth)
+            for depth, node in enumerate(paths[tree.request], start=1)
+            if node + 1 != depth
+        ]
+        for tree in step.trees
+    ]
+
+
+def accepted_moves(
+    step: AttentionStep, paths: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Which stashed rows go where.
+
+    Args:
+        step: as for `displaced`.
+        paths: likewise.
+
+    Returns:
+        Indices into the stash, and for each the batch row whose slot it must fill.
     """
     sources: list[int] = []
     rows: list[int] = []
     offset = 0
-    for tree in step.trees:
-        for depth, node in enumerate(paths[tree.request], start=1):
-            if node + 1 != depth:
-                sources.append(offset + node + 1)
-                rows.append(tree.start + depth)
+    for tree, moves in zip(step.trees, displaced(step, paths), strict=True):
+        sources += [offset + row for row, _ in moves]
+        rows += [tree.start + depth for _, depth in moves]
         offset += tree.size
     return sources, rows
 

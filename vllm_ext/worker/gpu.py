@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tp_group
@@ -23,8 +23,11 @@ from vllm_ext.worker.drafting import Candidates
 from vllm_ext.worker.observe import top_candidates
 from vllm_ext.worker.rowwise import why_sequential
 from vllm_ext.worker.runner import TreeRunnerMixin
-from vllm_ext.worker.step import Step
+from vllm_ext.worker.step import AttentionStep, Step
 from vllm_ext.worker.walk import WalkResult
+
+if TYPE_CHECKING:
+    from vllm_ext.attention.cuda_move import CacheMover
 
 CALIBRATION_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -34,6 +37,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
 
     Attributes:
         processors: multiprocessors of the device.
+        mover: moves accepted nodes within the caches, if it passed its test.
     """
 
     touched = hooks.WORKER + hooks.CUDA
@@ -41,6 +45,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     learns_later = True
     partial_trees = False  # the kernel's rows are the tree's; a few rows more cost a GPU little
     processors = 1
+    mover: CacheMover | None = None
 
     _device_step: Any = None
 
@@ -59,6 +64,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         if step.attention is not None:
             from vllm_ext.attention.tree_launch import DeviceStep
 
+            step.attention.keep = self.mover is None
             count = self.input_batch.num_reqs
             self._device_step = DeviceStep.build(
                 step,
@@ -87,6 +93,12 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
                 for name in group.layer_names:
                     setattr(built[0][name], LAUNCH_ATTRIBUTE, launch)
         return built
+
+    def _commit(self: Any, step: AttentionStep, paths: Sequence[Sequence[int]]) -> None:
+        if self.mover is None:
+            super()._commit(step, paths)
+        else:
+            self.mover.commit(step, paths, self._slot_mappings_by_layer())
 
     def attach_trees(
         self: Any,

@@ -15,7 +15,7 @@ One step::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ from vllm_ext.worker.processing import ProcessorsMixin, processors_built_under_s
 from vllm_ext.worker.ratio_walk import ratio_walk
 from vllm_ext.worker.rowwise import why_sequential
 from vllm_ext.worker.sampled_runner import SampledDraftsMixin
-from vllm_ext.worker.step import STEP_ATTRIBUTE, Step, build_step
+from vllm_ext.worker.step import STEP_ATTRIBUTE, AttentionStep, Step, build_step
 from vllm_ext.worker.walk import WalkResult, stack_logprobs, walk
 
 logger = init_logger("vllm.vllm_ext")
@@ -166,17 +166,17 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         self._seen, self._walked = self._verify(logits, step)
         walked: WalkResult = self._walked
         if step.attention is not None:
-            commit(
-                step.attention,
-                walked.paths,
-                self.compilation_config.static_forward_context,
-                self._slot_mappings_by_layer(),
-            )
+            self._commit(step.attention, walked.paths)
         return SamplerOutput(
             # On the host, where the bookkeeping reads them: on a GPU they would come back at once.
             sampled_token_ids=walked.padded(torch.device("cpu")),
             logprobs_tensors=stack_logprobs(walked.logprobs),
         )
+
+    def _commit(self: Any, step: AttentionStep, paths: Sequence[Sequence[int]]) -> None:
+        """Keys and values of accepted nodes go where they belong."""
+        layers = self.compilation_config.static_forward_context
+        commit(step, paths, layers, self._slot_mappings_by_layer())
 
     def _sample_plain(self: Any, logits: torch.Tensor, step: Step) -> Any:
         """Nothing is drafted: vLLM's own sampling, so that such a step costs what it costs there.

@@ -126,3 +126,16 @@ def test_the_combine_kernel() -> None:
     pointers = {"out_ptr": "*bf16", "partial_ptr": "*fp32", "lse_ptr": "*fp32"}
     constants = {"HEAD": 80, "HEAD_PADDED": 128, "warps": 1}
     assert compiled(triton_kernels.combine_kernel, constants, pointers, 90).asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_move_kernel(arch: int) -> None:
+    import triton.language as tl
+
+    from vllm_ext.attention.triton_move_kernel import move_kernel
+
+    names = ("pointers_ptr", "slots_ptr", "moves_ptr", "starts_ptr")
+    constants = {"PAGE": 16, "HEAD": 80, "HEAD_PADDED": 128, "BITS": tl.int16, "warps": 1}
+    made = compiled(move_kernel, constants, dict.fromkeys(names, "*i64"), arch)
+    assert made.asm["cubin"]
+    assert spilled(made.asm["ptx"], arch) == 0

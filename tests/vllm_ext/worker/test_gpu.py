@@ -101,6 +101,25 @@ def test_a_branching_step_replays_no_full_graph() -> None:
     assert runner.graphs == {"num_tokens": 4, "force_uniform_decode": False}
 
 
+def test_nodes_move_in_the_caches_where_that_works(monkeypatch: Any) -> None:
+    runner = Runner({"x": TREE})
+    runner.prepare()
+    assert runner._step is not None
+    attention = runner._step.attention
+    assert attention is not None
+    assert attention.keep  # rows are kept for the backend's writer
+    done: list[str] = []
+    monkeypatch.setattr("vllm_ext.worker.runner.commit", lambda *args: done.append("written"))
+    monkeypatch.setattr(runner, "_slot_mappings_by_layer", dict)
+    runner.compilation_config = SimpleNamespace(static_forward_context={})
+    runner._commit(attention, [[2]])
+    runner.mover = SimpleNamespace(commit=lambda *args: done.append("moved"))
+    runner.prepare()
+    assert not runner._step.attention.keep
+    runner._commit(runner._step.attention, [[2]])
+    assert done == ["written", "moved"]
+
+
 def test_a_step_of_chains_is_left_alone() -> None:
     from vllm_ext.attention.tree_launch import LAUNCH_ATTRIBUTE
 
