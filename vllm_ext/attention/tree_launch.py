@@ -18,11 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_ext.attention.tree_plan import MAX_ROWS, LaunchPlan, RowTree, plan_launch
-from vllm_ext.attention.triton_tree import Tile, choose_tile, tree_attention
+from vllm_ext.attention.triton_tree import Pieces, Tile, choose_tile, tree_attention
 from vllm_ext.worker.step import AttentionStep, Step
 
 LAUNCH_ATTRIBUTE = "vllm_ext_launch"
 """Attribute of vLLM's attention metadata that holds the :class:`TreeLaunch`."""
+
+_VIEWS_ATTRIBUTE = "_vllm_ext_views"
+"""Attribute of an attention implementation: its cache, and the views of keys and values."""
 
 _FLOAT8 = {
     "fp8": torch.float8_e4m3fn,
@@ -42,13 +45,18 @@ class DeviceStep:
         everything: whether no row is left to the stock kernel.
         step: the branching trees, for the stash.
         processors: multiprocessors of the device.
+        most_rows: rows of the largest tree.
     """
 
     trees: list[RowTree]
     everything: bool
     step: AttentionStep
     processors: int
-    _plans: dict[tuple[int, int, int, Tile], LaunchPlan] = field(default_factory=dict)
+    most_rows: int = field(init=False)
+    _plans: dict[tuple[Any, ...], tuple[LaunchPlan, Pieces]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.most_rows = max(len(tree.depths) for tree in self.trees)
 
     @classmethod
     def build(
@@ -80,14 +88,15 @@ class DeviceStep:
         return cls(trees, len(trees) == len(step.trees), step.attention, processors)
 
     def plan(
-        self, group: int, kv_heads: int, window: int, tile: Tile, device: torch.device
-    ) -> LaunchPlan:
-        """The plan for layers of one kind; made once per step."""
-        kind = (group, kv_heads, window, tile)
-        if kind not in self._plans:
-            self._plans[kind] = plan_launch(
+        self, heads: int, kv_heads: int, head_size: int, window: int, tile: Tile, device: Any
+    ) -> tuple[LaunchPlan, Pieces]:
+        """The plan for layers of one kind, and their memory; made once per step."""
+        kind = (heads, kv_heads, head_size, window, tile)
+        found = self._plans.get(kind)
+        if found is None:
+            plan = plan_launch(
                 self.trees,
-                group,
+                heads // kv_heads,
                 kv_heads,
                 window,
                 tile.block_m,
@@ -95,12 +104,8 @@ class DeviceStep:
                 self.processors,
                 device,
             )
-        return self._plans[kind]
-
-    @property
-    def most_rows(self) -> int:
-        """Rows of the largest tree."""
-        return max(len(tree.depths) for tree in self.trees)
+            found = self._plans[kind] = plan, Pieces.of(plan, heads, head_size, device)
+        return found
 
 
 @dataclass(slots=True)
@@ -132,17 +137,22 @@ class TreeLaunch:
             kv_cache: the layer's cache, with the keys and values of this step already written.
             output: [rows, heads, head_size].
         """
-        group = impl.num_heads // impl.num_kv_heads
+        heads, kv_heads, size = impl.num_heads, impl.num_kv_heads, impl.head_size
         window = window_of(impl)
-        tile = choose_tile(self.step.most_rows, group, impl.head_size, output.dtype)
-        keys, values = key_value_views(kv_cache, impl.head_size, impl.kv_cache_dtype)
+        tile = choose_tile(self.step.most_rows, heads // kv_heads, size, output.dtype)
+        plan, pieces = self.step.plan(heads, kv_heads, size, window, tile, query.device)
+        known = getattr(impl, _VIEWS_ATTRIBUTE, None)
+        if known is None or known[0] is not kv_cache:
+            known = kv_cache, key_value_views(kv_cache, size, impl.kv_cache_dtype)
+            setattr(impl, _VIEWS_ATTRIBUTE, known)
+        keys, values = known[1]
         quantised = impl.kv_cache_dtype in _FLOAT8
         tree_attention(
             query,
             keys,
             values,
             self.block_table,
-            self.step.plan(group, impl.num_kv_heads, window, tile, query.device),
+            plan,
             tile,
             output,
             impl.scale,
@@ -150,6 +160,7 @@ class TreeLaunch:
             float(impl.logits_soft_cap or 0.0),
             query_scale=layer._q_scale if query.dtype in _FLOAT8.values() else None,
             kv_scales=(layer._k_scale, layer._v_scale) if quantised else None,
+            pieces=pieces,
         )
 
 

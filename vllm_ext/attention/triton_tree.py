@@ -16,6 +16,7 @@ Needs torch and Triton only.  Under ``TRITON_INTERPRET=1`` it runs on CPU tensor
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -53,6 +54,13 @@ class Tile:
     stages: int
 
 
+@functools.cache
+def _power_of_2(number: int) -> int:
+    """The next one; Triton's function takes microseconds, in every layer."""
+    return int(triton.next_power_of_2(number))
+
+
+@functools.cache
 def choose_tile(rows: int, group: int, head_size: int, dtype: torch.dtype) -> Tile:
     """Launch shape for trees of up to ``rows`` rows.
 
@@ -64,9 +72,29 @@ def choose_tile(rows: int, group: int, head_size: int, dtype: torch.dtype) -> Ti
         most, block_n = (16 if wide else 32), 32
     else:
         most, block_n = (64, 32) if wide else (128, 64)
-    block_m = min(max(triton.next_power_of_2(rows * group), 16), most)
+    block_m = min(max(_power_of_2(rows * group), 16), most)
     warps = 8 if wide or block_m == 128 or dtype == torch.float32 else 4
     return Tile(block_m, block_n, warps, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Memory for the pieces of split contexts; layers that run one after the other share it.
+
+    Attributes:
+        partial: float32 [pieces, heads, head_size].
+        lse: float32 [pieces, heads].
+    """
+
+    partial: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: LaunchPlan, heads: int, head_size: int, device: torch.device) -> Pieces:
+        """As much as a plan needs."""
+        shape = (plan.partials, heads, head_size)
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
+        return cls(partial, torch.empty(shape[:2], dtype=torch.float32, device=device))
 
 
 def tree_attention(
@@ -82,6 +110,7 @@ def tree_attention(
     soft_cap: float = 0.0,
     query_scale: torch.Tensor | None = None,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pieces: Pieces | None = None,
 ) -> None:
     """Attend the rows of the plan's trees; other rows of ``output`` are not touched.
 
@@ -102,23 +131,25 @@ def tree_attention(
         soft_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
         query_scale: float32 [1]; a float8 query times this is the query.
         kv_scales: float32 [1] each; stored keys and values times these are the keys and values.
+        pieces: of the plan, if others have made them already.
 
     Raises:
         ValueError: a tensor whose last dimension is not contiguous, or heads that do not divide.
     """
     heads, head_size = query.shape[1:]
     page, kv_heads = keys.shape[1:3]
-    for name, tensor in {"query": query, "keys": keys, "values": values, "output": output}.items():
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, not 1")
+    if not query.stride(2) == keys.stride(3) == values.stride(3) == output.stride(2) == 1:
+        named = {"query": query, "keys": keys, "values": values, "output": output}
+        strides = {name: tensor.stride() for name, tensor in named.items()}
+        raise ValueError(f"the last stride of each must be 1, given are {strides}")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
-    device = query.device
-    partial = torch.empty((plan.partials, heads, head_size), dtype=torch.float32, device=device)
-    lse = torch.empty((plan.partials, heads), dtype=torch.float32, device=device)
+    if pieces is None:
+        pieces = Pieces.of(plan, heads, head_size, query.device)
+    partial, lse = pieces.partial, pieces.lse
     unit = lse  # never read where the flag is off
     key_scale, value_scale = kv_scales or (unit, unit)
-    head_padded = triton.next_power_of_2(head_size)
+    head_padded = _power_of_2(head_size)
     tree_kernel[(len(plan.items), kv_heads)](
         output,
         partial,

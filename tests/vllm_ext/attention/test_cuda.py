@@ -368,3 +368,31 @@ def test_scratch_caches_keep_the_memory_order(order: tuple[int, ...]) -> None:
 def test_scratch_caches_of_five_dimensions() -> None:
     assert scratch_like(torch.zeros(2, 9, PAGE, 3, HEAD), 4).shape == (2, 4, PAGE, 3, HEAD)
     assert scratch_like(torch.zeros(9, 2, PAGE, 3, HEAD), 4).shape == (4, 2, PAGE, 3, HEAD)
+
+
+@pytest.mark.interpreter
+def test_layers_of_one_kind_share_what_a_step_needs(monkeypatch: Any) -> None:
+    """Plans and memory are made once per step and kind of layer, views once per cache."""
+    from vllm_ext.attention import tree_launch
+
+    made: list[str] = []
+    for name in ("plan_launch", "key_value_views"):
+        real = getattr(tree_launch, name)
+        monkeypatch.setattr(
+            tree_launch, name, lambda *args, r=real, n=name: made.append(n) or r(*args)
+        )
+    layers = [make_layer(), make_layer()]
+    step = batch(layers[0], [TREE])
+    caches = [step.cache, step.cache.clone()]
+    device_step = tree_launch.DeviceStep.build(step.step, step.starts, step.bases, processors=2)
+    launch = tree_launch.TreeLaunch(device_step, step.table)
+    outputs = [torch.empty_like(step.query) for _ in layers]
+    for _ in range(2):
+        for layer, cache, output in zip(layers, caches, outputs, strict=True):
+            launch.attend(layer.impl, layer, step.query, cache, output)
+    assert sorted(made) == ["key_value_views", "key_value_views", "plan_launch"]
+    assert torch.equal(*outputs)
+    caches[0] = torch.zeros_like(caches[0])  # allocated anew
+    launch.attend(layers[0].impl, layers[0], step.query, caches[0], outputs[0])
+    assert made.count("key_value_views") == 3
+    assert not torch.equal(*outputs)

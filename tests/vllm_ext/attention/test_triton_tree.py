@@ -271,5 +271,5 @@ def test_reading_past_the_last_row_is_seen() -> None:
 def test_bad_shapes_are_refused() -> None:
     case = sample_case()
     case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.raises(ValueError, match="last dimension"):
+    with pytest.raises(ValueError, match="last stride of each must be 1"):
         attend(case)
