@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,32 @@ def measure_kernel(options: argparse.Namespace) -> dict[str, Any]:
         bench = measure.Bench(shape, batch, context, nodes, torch.bfloat16, device)
         results.append(bench.measure(stock, rate))
     print(measure.table(results))
+    committed = measure_commits(options.batch, device)
     return {
         "errors": errors,
         "bytes_per_second": 1e6 * rate,
         "stock": "vLLM's FlashAttention" if stock else None,
         "results": [result.as_json() for result in results],
+        "commits": committed,
     }
+
+
+def measure_commits(batches: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
+    """Time of committing what a step has accepted, all layers at once."""
+    from vllm_ext.attention import measure
+
+    layers, nodes = 32, 4
+    found = []
+    print(f"\ncommit of {nodes} nodes per request in {layers} layers, us (host, us):")
+    for shape in measure.SHAPES:
+        for batch in batches:
+            run = measure.commit_call(shape, layers, batch, nodes, torch.bfloat16, device)
+            timing, host = measure.timed(run), measure.queued(run)
+            print(f"  {shape.name}, batch {batch}: {timing.median:.1f} ({host:.0f})")
+            found.append(
+                {"shape": shape.name, "batch": batch, "us": asdict(timing), "host_us": host}
+            )
+    return found
 
 
 def measure_steps(options: argparse.Namespace) -> dict[str, Any]:

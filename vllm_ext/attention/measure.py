@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from vllm_ext.attention.tree_plan import LaunchPlan, RowTree, plan_launch
-from vllm_ext.attention.triton_tree import Tile, choose_tile, tree_attention
+from vllm_ext.attention.triton_move import Caches, move_paths
+from vllm_ext.attention.triton_tree import Pieces, Tile, choose_tile, tree_attention
 
 TARGET = 1.15
 PAGE = 16
@@ -211,6 +212,8 @@ class Bench:
     def call(self, rows: int) -> Callable[[], None]:
         """The kernel on the trees, or on one row per request."""
         plan, tile = self.plan(rows)
+        # As in a step, where all layers share it.
+        pieces = Pieces.of(plan, self.shape.heads, self.shape.head_size, self.device)
 
         def run() -> None:
             tree_attention(
@@ -222,6 +225,7 @@ class Bench:
                 tile,
                 self.output,
                 self.scale,
+                pieces=pieces,
             )
 
         return run
@@ -298,6 +302,31 @@ def queued(run: Callable[[], Any], calls: int = 20) -> float:
     if not INTERPRETED:
         torch.cuda.synchronize()
     return spent
+
+
+def commit_call(
+    shape: Shape, layers: int, batch: int, nodes: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """The launch that commits a step.
+
+    Args:
+        shape: of a layer.
+        layers: of the model.
+        batch: requests.
+        nodes: that each has accepted, none of them where it belongs.
+        dtype: of the cache.
+        device: of the cache.
+    """
+    pages = -(-2 * (nodes + 1) // PAGE)
+    size = (batch * pages, PAGE, shape.kv_heads, 2 * shape.head_size)
+    stored = [torch.randn(size, dtype=dtype, device=device) for _ in range(layers)]
+    caches = Caches.of([(c[..., : shape.head_size], c[..., shape.head_size :]) for c in stored])
+    first = torch.arange(batch, device=device)[:, None] * pages * PAGE
+    row = torch.arange(1, nodes + 1, device=device)
+    slots = torch.arange(batch * pages * PAGE, device=device)
+    moves = torch.stack([(first + 2 * row).flatten(), (first + row).flatten()])
+    starts = torch.arange(batch + 1, device=device) * nodes
+    return lambda: move_paths(caches, slots, moves, starts)
 
 
 def copy_rate(device: torch.device, size: int = 1 << 30) -> float:

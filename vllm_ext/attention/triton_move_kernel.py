@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Nothing that changes from step to step may have the kernel compiled anew.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["moves_ptr", "starts_ptr"])
 def move_kernel(
     pointers_ptr,
     slots_ptr,

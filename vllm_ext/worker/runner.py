@@ -66,6 +66,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
     walk_is_timed = True
     learns_later = False
     trees_refused: str | None = "tree attention was not set up"
+    _late: Exception | None = None  # raised by learning beside the device
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         self._method, self._options = read_options(vllm_config)
@@ -308,8 +309,8 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         try:
             if self._drafting is not None:
                 self._drafting.catch_up()
-        except Exception:
-            self._drop_drafting()
+        except Exception as error:
+            self._late = error  # raised when this step is drafted for, whose verification goes on
 
     def _draft(
         self: Any,
@@ -320,6 +321,9 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         hidden: torch.Tensor,
     ) -> dict[str, TokenTree]:
         drafting: Drafting = self._drafting
+        if self._late is not None:
+            late, self._late = self._late, None
+            raise late
         if self._walked is None:  # a plain step
             self._walked = WalkResult.plain(tokens)
         self._settle_pearl(dict(zip(request_ids, tokens, strict=True)))

@@ -99,10 +99,26 @@ def test_the_bench_checks_and_times_the_kernel(dtype: torch.dtype) -> None:
 @pytest.mark.interpreter
 def test_the_bench_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     real = measure.tree_attention
-    monkeypatch.setattr(
-        measure, "tree_attention", lambda *given: real(*given[:-1], given[-1] * 1.01)
-    )
+
+    def scaled(*given: Any, **more: Any) -> None:
+        real(*given[:-1], given[-1] * 1.01, **more)
+
+    monkeypatch.setattr(measure, "tree_attention", scaled)
     assert Bench(TINY, 1, 24, 5, torch.float32, DEVICE).error() > 1e-3
+
+
+@pytest.mark.interpreter
+def test_a_commit_moves_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = measure.move_paths
+    monkeypatch.setattr(measure, "move_paths", lambda *given: made.append(given) or real(*given))
+    measure.commit_call(TINY, 2, 3, 4, torch.float32, DEVICE)()
+    ((caches, slots, moves, starts),) = made
+    assert len(caches.pointers) == 2
+    assert starts.tolist() == [0, 4, 8, 12]
+    source, target = slots[moves[0]].tolist(), slots[moves[1]].tolist()
+    assert len(set(target)) == len(set(source)) == 12
+    assert all(s > t for s, t in zip(source, target, strict=True))
 
 
 @pytest.fixture

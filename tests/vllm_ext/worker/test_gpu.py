@@ -201,19 +201,20 @@ def test_rows_are_learnt_while_the_device_computes(fails: bool, monkeypatch: Any
             raise ValueError("broken")
 
     runner._drafting.catch_up = catch_up
-    runner._sampled = None
+    runner._sampled = runner._late = None
     walked = WalkResult([[5]], [[]], [None])
     monkeypatch.setattr(runner, "_verify", lambda *step: order.append("walk") or (None, walked))
-    monkeypatch.setattr(runner, "_drop_drafting", lambda: order.append("drop"))
-    monkeypatch.setattr(runner, "_slot_mappings_by_layer", dict)
-    monkeypatch.setattr("vllm_ext.worker.runner.commit", lambda *args: None)
-    runner.compilation_config = SimpleNamespace(static_forward_context={})
+    monkeypatch.setattr(runner, "_commit", lambda *step: order.append("commit"))
     runner._sample(torch.zeros(4, 16), None)
-    assert order == (["learn", "drop", "walk"] if fails else ["learn", "walk"])
+    assert order == ["learn", "walk", "commit"]
+    if fails:  # what was verified stands; then drafting is begun anew, as after any failure
+        with pytest.raises(ValueError, match="broken"):
+            runner._draft(None, ["x"], [[5]], [], torch.zeros(4, 2))
+        assert runner._late is None
     runner.learns_later = False  # a CPU: nothing runs beside the host
     order.clear()
     runner._sample(torch.zeros(4, 16), None)
-    assert order == ["walk"]
+    assert order == ["walk", "commit"]
 
 
 SPECULATED = 32
