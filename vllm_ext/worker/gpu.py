@@ -126,6 +126,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
         parts = [top_candidates(logits[row : row + chunk], WIDTH) for row in begins]
         ids, probs = (torch.cat(part) for part in zip(*parts, strict=True))
         walked = DeviceWalk(logits, metadata, step.trees, step.starts)
+        self._catch_up()
         path, host_ids, host_probs = to_host(walked.path, ids, probs)
         return Candidates(host_ids, host_probs), walked.finish(path)
 

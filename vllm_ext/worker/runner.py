@@ -159,8 +159,6 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         if logits is None or self._step is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
-        if self.learns_later:
-            self._catch_up()
         step: Step = self._step
         if step.plain and self._sampled is None and not self._undrawn():
             return self._sample_plain(logits, step)
@@ -185,6 +183,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         Between two forward passes the processor's caches hold the weights and nothing else: code
         that runs once a step takes several times what it takes in a loop.
         """
+        self._catch_up()
         begin = time.perf_counter()
         self._seen = candidates(logits) if self._listens(step) else None
         looked = time.perf_counter()
@@ -217,6 +216,7 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         self: Any, how: Callable[..., WalkResult], logits: torch.Tensor, step: Step
     ) -> tuple[Candidates | None, WalkResult]:
         batch = self.input_batch
+        self._catch_up()
         begin = time.perf_counter()
         # Before the walk: a processor may write into the logits.
         seen = candidates(logits) if self._listens(step) else None
@@ -305,9 +305,9 @@ class TreeRunnerMixin(CalibrationMixin, ProcessorsMixin, CountingMixin, SampledD
         self._drafting = self._new_drafting()
 
     def _catch_up(self: Any) -> None:
-        """Learn from the rows of the step before; the device computes, and nobody waits for it."""
+        """Learn from the rows of the step before, just before the host waits for the device."""
         try:
-            if self._drafting is not None:
+            if self.learns_later and self._drafting is not None:
                 self._drafting.catch_up()
         except Exception as error:
             self._late = error  # raised when this step is drafted for, whose verification goes on

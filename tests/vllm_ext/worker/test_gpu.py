@@ -190,7 +190,7 @@ def test_one_rank_refuses_for_all(reasons: list[str | None], monkeypatch: Any) -
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_rows_are_learnt_while_the_device_computes(fails: bool, monkeypatch: Any) -> None:
-    """Before the walk, whose first result is what the host waits for."""
+    """After all is queued, and before the host waits for it."""
     runner = Runner({"x": TREE})
     runner.prepare()
     order: list[str] = []
@@ -200,21 +200,46 @@ def test_rows_are_learnt_while_the_device_computes(fails: bool, monkeypatch: Any
         if fails:
             raise ValueError("broken")
 
+    def logged(name: str, real: Any) -> Any:
+        return lambda *given: order.append(name) or real(*given)
+
     runner._drafting.catch_up = catch_up
-    runner._sampled = runner._late = None
-    walked = WalkResult([[5]], [[]], [None])
-    monkeypatch.setattr(runner, "_verify", lambda *step: order.append("walk") or (None, walked))
+    runner._sampled = None
+    monkeypatch.setattr(gpu, "DeviceWalk", logged("queue", gpu.DeviceWalk))
+    monkeypatch.setattr(gpu, "to_host", logged("wait", gpu.to_host))
     monkeypatch.setattr(runner, "_commit", lambda *step: order.append("commit"))
-    runner._sample(torch.zeros(4, 16), None)
-    assert order == ["learn", "walk", "commit"]
+    logits = torch.nn.functional.one_hot(torch.full((4,), 5), 16).float()
+    runner._sample(logits, None)
+    assert order == ["queue", "learn", "wait", "commit"]
     if fails:  # what was verified stands; then drafting is begun anew, as after any failure
         with pytest.raises(ValueError, match="broken"):
             runner._draft(None, ["x"], [[5]], [], torch.zeros(4, 2))
         assert runner._late is None
-    runner.learns_later = False  # a CPU: nothing runs beside the host
     order.clear()
-    runner._sample(torch.zeros(4, 16), None)
-    assert order == ["walk", "commit"]
+    runner.learns_later = False  # a CPU: nothing runs beside the host
+    runner._sample(logits, None)
+    assert order == ["queue", "wait", "commit"]
+
+
+@pytest.mark.parametrize("penalties", [False, True])
+def test_so_are_those_before_a_step_that_walks_otherwise(penalties: bool, monkeypatch: Any) -> None:
+    """Without a draft, or row by row on the host: before the first look at the logits."""
+    runner = Runner({"x": TREE if penalties else TokenTree.EMPTY})
+    runner.prepare()
+    order: list[str] = []
+    runner._drafting.catch_up = lambda: order.append("learn")
+    runner._sampled = None
+    runner.input_batch.sampling_metadata = metadata(
+        1, prompt_token_ids=torch.zeros(1, 1, dtype=torch.int64), no_penalties=not penalties
+    )
+    monkeypatch.setattr(
+        "vllm_ext.worker.runner.candidates", lambda logits: order.append("look") or None
+    )
+    monkeypatch.setattr(runner, "_commit", lambda *step: None)
+    monkeypatch.setattr(Stock, "_sample", lambda *given: None, raising=False)
+    logits = torch.nn.functional.one_hot(torch.full((4,), 5), 16).float()
+    runner._sample(logits[: 4 if penalties else 1], None)
+    assert order == ["learn", "look"]
 
 
 SPECULATED = 32

@@ -143,6 +143,7 @@ def test_a_step_that_rests_makes_nothing_ready(rests: bool, drawn_rule: Any) -> 
         _step=None,
         _seen=None,
         _sampled=drawn_rule,
+        _late=None,
         _predictor=None,
         _token_budget=64,
         max_model_len=5,  # no room for nodes
