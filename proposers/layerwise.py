@@ -246,6 +246,8 @@ class Layerwise(DySpec):
                 self._allowance = max(
                     self._allowance, min(self._allowance + saved, _EARNED_IN * usual)
                 )
+            if closed:
+                self.spent = 0.0  # paid for here, and not held against the other sources
         return trees
 
     def stop(self, request: str) -> None:

@@ -366,6 +366,26 @@ def test_the_passes_of_a_trial_are_paid_for_too() -> None:
     assert grower._allowance == pytest.approx(before + 0.005 * step - spent + saved)
 
 
+def test_a_trial_is_not_held_against_the_other_sources() -> None:
+    """What stops all drafting is told of passes that are made because they pay, not of trials."""
+    model = Model(0.03)
+    model.flatness = 5.0
+    grower = asked_often(model, "prose")
+    assert grower.gate is not None
+    assert not grower.gate.is_open
+    grower._allowance, begun = 1.0, model.begun
+    grow(grower, draftee("new"), cost=STEEP)
+    assert model.begun == begun + 1
+    assert grower._allowance < 1.0
+    assert grower.spent == 0.0
+    model.pass_seconds, model.flatness = 1e-4, 0.05
+    grower = asked_often(model, "easy")
+    assert grower.gate is not None
+    assert grower.gate.is_open
+    grow(grower, draftee("easy"), cost=STEEP)
+    assert grower.spent > 0.0
+
+
 def test_requests_that_have_ended_are_forgotten() -> None:
     grower = Layerwise(Model(1e-4), [], options())
     for name in "abc":
