@@ -116,6 +116,16 @@ def asked_often(model: Model, request: str) -> Layerwise:
     return grower
 
 
+def with_closed_gate(request: str) -> tuple[Model, Layerwise]:
+    """A model that did not pay, and a grower that has noticed."""
+    model = Model(0.03)
+    model.flatness = 5.0
+    grower = asked_often(model, request)
+    assert grower.gate is not None
+    assert not grower.gate.is_open
+    return model, grower
+
+
 def options(**more: float) -> DySpecOptions:
     made = {"max_nodes": 64, "max_batch_nodes": 500, "min_prob": 0.01, "max_depth": 8, **more}
     return DySpecOptions(**made)  # type: ignore[arg-type]
@@ -351,11 +361,7 @@ def test_a_prompt_in_the_step_makes_no_text_affordable(prompt: int) -> None:
 
 
 def test_the_passes_of_a_trial_are_paid_for_too() -> None:
-    model = Model(0.03)
-    model.flatness = 5.0
-    grower = asked_often(model, "prose")
-    assert grower.gate is not None
-    assert not grower.gate.is_open
+    model, grower = with_closed_gate("prose")
     model.pass_seconds, model.flatness = 0.001, 0.05
     grower._allowance = before = 1.0
     grow(grower, draftee("new"), cost=STEEP)
@@ -368,11 +374,7 @@ def test_the_passes_of_a_trial_are_paid_for_too() -> None:
 
 def test_a_trial_is_not_held_against_the_other_sources() -> None:
     """What stops all drafting is told of passes that are made because they pay, not of trials."""
-    model = Model(0.03)
-    model.flatness = 5.0
-    grower = asked_often(model, "prose")
-    assert grower.gate is not None
-    assert not grower.gate.is_open
+    model, grower = with_closed_gate("prose")
     grower._allowance, begun = 1.0, model.begun
     grow(grower, draftee("new"), cost=STEEP)
     assert model.begun == begun + 1
@@ -396,11 +398,7 @@ def test_requests_that_have_ended_are_forgotten() -> None:
 
 
 def test_new_requests_of_a_model_that_never_pays_take_a_small_share_of_the_time() -> None:
-    model = Model(0.03)
-    model.flatness = 5.0
-    grower = asked_often(model, "first")
-    assert grower.gate is not None
-    assert not grower.gate.is_open
+    model, grower = with_closed_gate("first")
     model.asked = []
     spent = 0.0
     for step in range(2000):

@@ -23,9 +23,9 @@ from vllm_ext.worker.step import AttentionStep
 
 logger = init_logger("vllm.vllm_ext")
 
-_SCRATCH_BLOCKS = 4
 _TRIED = ((1, 3, 6, 7), (0, 2, 5))  # paths of the self-test, of two requests
 _TRIED_ROWS = 9
+_FIRST_SLOT = 3  # so that pages end within a request
 
 
 @dataclass(slots=True)
@@ -142,7 +142,8 @@ def _bits(view: torch.Tensor) -> torch.Tensor:
 
 def _scratch(layer: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of random bits, laid out as those of `layer`."""
-    cache = scratch_like(layer.kv_cache, _SCRATCH_BLOCKS)
+    page = _views(layer)[0].shape[1]
+    cache = scratch_like(layer.kv_cache, -(-(_FIRST_SLOT + len(_TRIED) * _TRIED_ROWS) // page))
     views = key_value_views(cache, layer.impl.head_size, layer.impl.kv_cache_dtype)
     chance = torch.Generator().manual_seed(seed)
     for view in views:
@@ -159,7 +160,7 @@ def _trial(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         for first, path in zip((0, _TRIED_ROWS), _TRIED, strict=True)
         for depth, node in enumerate(path, start=1)
     ]
-    slots = torch.arange(3, 3 + 2 * _TRIED_ROWS, device=device)
+    slots = _FIRST_SLOT + torch.arange(len(_TRIED) * _TRIED_ROWS, device=device)
     starts = torch.tensor([0, len(_TRIED[0]), len(moves)], device=device)
     return slots, torch.tensor(moves, device=device).T.contiguous(), starts
 

@@ -52,8 +52,8 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     def _check_and_update_cudagraph_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Under speculation vLLM captures full graphs for requests of 1 + num_speculative_tokens
         # rows each, which trees of many sizes never have, and rounds all sizes up to multiples of
-        # that: one row would be computed as 33. So graphs are those of an engine without drafts: a
-        # step without any replays what it replays there.
+        # that: one row would be computed as 33. So graphs are chosen as without drafts: a step that
+        # has none replays a full one, padded no further than there.
         self.uniform_decode_query_len = self.cudagraph_dispatcher.uniform_decode_query_len = 1
         return super()._check_and_update_cudagraph_mode(*args, **kwargs)  # type: ignore[misc]
 

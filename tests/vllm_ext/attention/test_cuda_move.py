@@ -119,3 +119,16 @@ def test_the_self_test_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> N
     for broken in (backwards, fails):
         monkeypatch.setattr(cuda_move, "move_paths", broken)
         assert cuda_move.make_mover([["a", "b"]], layers) is None
+
+
+@pytest.mark.parametrize("page", [1, 8, 64])
+def test_the_self_test_stays_within_its_scratch_caches(page: int) -> None:
+    """Whatever the size of a page; what lies outside may be another's."""
+    from vllm_ext.attention import cuda_move
+
+    layer = make_layer(blocks=2)
+    layer.kv_cache = torch.zeros(2, KV_HEADS, page, 2 * HEAD)
+    keys, _ = cuda_move._scratch(layer, 0)
+    slots, *_ = cuda_move._trial(keys.device)
+    assert int(slots.max()) < keys.shape[0] * page
+    assert cuda_move.make_mover([["a"]], {"a": layer}) is not None

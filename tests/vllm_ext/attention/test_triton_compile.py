@@ -139,3 +139,14 @@ def test_the_move_kernel(arch: int) -> None:
     made = compiled(move_kernel, constants, dict.fromkeys(names, "*i64"), arch)
     assert made.asm["cubin"]
     assert spilled(made.asm["ptx"], arch) == 0
+
+
+def test_no_step_has_the_move_kernel_compiled_anew() -> None:
+    """How many nodes move, and where in a copied tensor they begin, changes from step to step."""
+    from vllm_ext.attention.triton_move_kernel import move_kernel
+
+    params = {param.name: param for param in move_kernel.params}
+    assert params["count"].do_not_specialize
+    assert params["moves_ptr"].do_not_specialize_on_alignment
+    assert params["starts_ptr"].do_not_specialize_on_alignment
+    assert not params["stride_slot"].do_not_specialize  # the same in every step

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.vllm_ext.engine import make_tiny_model
+from vllm_ext.distill import run
 from vllm_ext.distill.errors import DistillError
 from vllm_ext.distill.run import Job, Plan, distill, layers_of
 from vllm_ext.draft_vocab import FILE, LEAST, load
@@ -96,6 +97,29 @@ def test_a_draft_is_made(job: Job) -> None:
     # 40.5 of 90 seconds are for writing, one batch at a time.
     assert abs(report["data"]["seconds"] - 40.5) < PLAN.length
     assert report["training"]["seconds"] >= report["training"]["budget_seconds"] > 0
+
+
+@pytest.mark.parametrize("fast", ["float32", "bfloat16"])
+def test_the_student_learns_as_the_target_computes(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: str
+) -> None:
+    """In bfloat16 where the CPU is fast in it; what is saved has the target's dtype either way."""
+    AutoModelForCausalLM.from_pretrained(job.target).bfloat16().save_pretrained(tmp_path / "t")
+    for path in job.target.iterdir():
+        if not (tmp_path / "t" / path.name).exists():
+            (tmp_path / "t" / path.name).write_bytes(path.read_bytes())
+    narrow: list[bool] = []
+    real = run.train
+
+    def noted(student: Any, data: Any, checkpoint: Any, settings: Any, *more: Any) -> Any:
+        narrow.append(settings.narrow)
+        return real(student, data, checkpoint, settings, *more)
+
+    monkeypatch.setattr(run, "train", noted)
+    monkeypatch.setattr("vllm_ext.distill.student.fast_dtype", lambda: fast)
+    report = made(dataclasses.replace(job, target=tmp_path / "t"))
+    assert narrow == [fast == "bfloat16"]
+    assert report["dtype"] == "bfloat16"
 
 
 def test_an_early_exit_is_the_target_up_to_its_last_layer(job: Job) -> None:

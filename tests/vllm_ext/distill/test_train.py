@@ -61,6 +61,18 @@ def test_training_lowers_the_kl(
     assert state.epochs == 30 * 2 / 8
 
 
+def test_narrow_products_are_narrow(target: Any, labelled: Labelled, tmp_path: Path) -> None:
+    """In the same steps, from the same weights, they come out a little different."""
+    weights = []
+    for narrow in (False, True, True):
+        settings = dataclasses.replace(SETTINGS, narrow=narrow)
+        path = tmp_path / f"{len(weights)}.pt"
+        student, _ = trained(target, labelled, path, settings, budget=2.0)
+        weights.append(student.model.norm.weight.detach())
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
 def test_a_rate_of_zero_does_not(target: Any, labelled: Labelled, tmp_path: Path) -> None:
     before = kl(target, make_student(target, [0, 2]), labelled)
     still = dataclasses.replace(SETTINGS, rate=0.0)

@@ -248,27 +248,29 @@ SPECULATED = 32
 class Graphs:
     """The parts of vLLM's runner that decide which CUDA graphs there are; no device is asked."""
 
-    # As vLLM chooses them for 64 requests with 32 drafted tokens each.
-    sizes = (*(1, 2, 4), *range(8, 256, 8), *range(256, 513, 16), *(33 * n for n in (1, 2, 4)))
+    # As vLLM chooses them for 64 requests: those of every engine, and those for decoding.
+    common = (*(1, 2, 4), *range(8, 256, 8), *range(256, 513, 16))
+    decoding = tuple((1 + SPECULATED) * n for n in (1, 2, 4, 8))
 
-    def __init__(self) -> None:
+    def __init__(self, speculated: int = SPECULATED) -> None:
+        sizes = {*self.common, *(self.decoding if speculated else ())}
         self.compilation_config = CompilationConfig(
             mode=CompilationMode.VLLM_COMPILE,
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
-            cudagraph_capture_sizes=sorted(set(self.sizes)),
+            cudagraph_capture_sizes=sorted(sizes),
             max_cudagraph_capture_size=512,
             splitting_ops=list(CompilationConfig._attention_ops),
         )
         self.vllm_config: Any = SimpleNamespace(
             compilation_config=self.compilation_config,
-            num_speculative_tokens=SPECULATED,
+            num_speculative_tokens=speculated,
             scheduler_config=SimpleNamespace(max_num_seqs=64),
             lora_config=None,
         )
         self.kv_cache_config = self.speculative_config = None
         self.parallel_config = SimpleNamespace(tensor_parallel_size=1)  # asked by vLLM 0.31
         self.max_num_reqs = 64
-        self.uniform_decode_query_len = 1 + SPECULATED
+        self.uniform_decode_query_len = 1 + speculated
         self.cudagraph_dispatcher = CudagraphDispatcher(self.vllm_config)
 
     _check_and_update_cudagraph_mode = (
@@ -289,18 +291,15 @@ class OurGraphs(TreeGPURunnerMixin, Graphs):  # type: ignore[misc]
         Graphs.__init__(self)
 
 
-def test_a_step_without_drafts_replays_the_graph_that_it_replays_without_us() -> None:
-    ours, stock = OurGraphs(), Graphs()
-    without = Graphs()
-    without.vllm_config.num_speculative_tokens = 0
-    without.cudagraph_dispatcher = CudagraphDispatcher(without.vllm_config)
-    without.uniform_decode_query_len = 1
+def test_a_step_without_drafts_replays_a_full_graph_as_without_us() -> None:
+    ours, stock, without = OurGraphs(), Graphs(), Graphs(speculated=0)
     for runner in (ours, stock, without):
         runner._check_and_update_cudagraph_mode([], [])
-    for requests in (1, 3, 8, 64):
+    for requests in range(1, 65):
         plain = (1,) * requests
-        assert ours.graph_for(*plain) == without.graph_for(*plain)
-        assert ours.graph_for(*plain)[0] == "FULL"
+        (mode, rows), (usual, most) = ours.graph_for(*plain), without.graph_for(*plain)
+        assert mode == usual == "FULL"
+        assert requests <= rows <= most  # the sizes for drafts come on top
     assert ours.graph_for(1, 1, 1) == ("FULL", 4)
     # What it is for: vLLM's own choice computes 33 rows for one.
     assert stock.graph_for(1) == ("PIECEWISE", 33)
