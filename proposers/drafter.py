@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 
 class _Request:
-    __slots__ = ("chain", "greedy", "length", "unread")
+    __slots__ = ("chain", "greedy", "length", "longest", "unread")
 
-    def __init__(self, greedy: bool, chain: bool, length: int) -> None:
+    def __init__(self, greedy: bool, chain: bool, length: int, longest: int) -> None:
         self.greedy = greedy
         self.chain = chain
         self.length = length
+        self.longest = longest
         self.unread: list[int] = []  # committed tokens that the sources do not know of yet
 
 
@@ -93,6 +94,7 @@ class TreeDrafter:
         greedy: bool,
         chain: bool = False,
         namespace: int = 0,
+        longest: int = 2**31,
     ) -> None:
         """Begin a request, or begin it anew after a preemption.
 
@@ -102,10 +104,11 @@ class TreeDrafter:
             greedy: whether the target takes its most probable token rather than a sample.
             chain: draft only paths without branches.
             namespace: the LoRA adapter's id, 0 without one.
+            longest: tokens that it can have at most, prompt included.
         """
         if request in self._requests:
             self._read(request)
-        self._requests[request] = _Request(greedy, chain, len(tokens))
+        self._requests[request] = _Request(greedy, chain, len(tokens), longest)
         self._grower.stop(request)
         for source in self._sources:
             source.start(request, tokens, greedy=greedy, namespace=namespace)
@@ -214,7 +217,7 @@ class TreeDrafter:
             self._read(request)
         self._show_states()
         draftees = [
-            Draftee(request, record.greedy, record.chain, limit)
+            Draftee(request, record.greedy, record.chain, limit, record.longest - record.length)
             for request, record, limit in zip(requests, records, limits, strict=True)
         ]
         cost = self.cost.in_context(base_rows, [record.length for record in records])

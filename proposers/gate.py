@@ -45,6 +45,7 @@ class Gate:
 
     Args:
         patience: longest pause between trials, in steps.
+        is_open: at first; a closed one asks for its first trial at once.
 
     Attributes:
         is_open: whether drafts are used.
@@ -52,8 +53,8 @@ class Gate:
         switches: how often that has changed.
     """
 
-    def __init__(self, *, patience: int = SELDOM) -> None:
-        self.is_open = True
+    def __init__(self, *, patience: int = SELDOM, is_open: bool = True) -> None:
+        self.is_open = is_open
         self.switches = 0
         self._patience = patience
         self._pause = PROBE_EVERY

@@ -21,12 +21,14 @@ class Draftee:
         greedy: whether the target takes its most probable token rather than a sample.
         chain: only a path without branches can be verified.
         limit: most nodes; 0 wants none.
+        left: most tokens that it may still get.
     """
 
     request: str
     greedy: bool
     chain: bool
     limit: int
+    left: int = 2**31
 
 
 def cut(
@@ -94,7 +96,7 @@ class Grower(Protocol):
 
     Attributes:
         spent: seconds that the latest trees cost beyond what the cost model knows of, namely the
-            forward passes of a draft model.
+            forward passes of a draft model, as far as they speak for or against drafting.
     """
 
     spent: float

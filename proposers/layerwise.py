@@ -24,7 +24,7 @@ The nodes are named, not drawn, so nothing here can bend the target's law.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proposers.dyspec import DySpec, DySpecOptions, Growth, grow
@@ -158,7 +158,7 @@ class Layerwise(DySpec):
         self.gate: Gate | None = None
         # A batch of one may want the model and one of eight not: one gate for both would open at
         # the end of each group, and let the next one read all its prompts before it closes.
-        self._gates: dict[int, Gate] = {}  # by the size of the batch, doubling
+        self._gates: dict[int, Gate] = {}  # by the requests of the batch, doubling
         self._kept = {True: _KEPT_AT_FIRST, False: _KEPT_AT_FIRST}  # h, by greedy
         self._passes: list[int] = []  # rows of each pass of this step
         self._allowance = 0.0  # seconds that trials and long texts may take now
@@ -199,15 +199,21 @@ class Layerwise(DySpec):
         step = cost.seconds(base_rows)
         # A step beside a long prompt takes many times as long; those to come do not.
         usual = min(step, cost.seconds(max(1, round(base_tokens))))
+        count = len(draftees)
+        deciding = base_rows == count  # what pays beside a prompt says nothing of other steps
         if not self._free:
             self._allowance += _READING_SHARE * step if self._gates else _AT_FIRST * usual
-            self.gate = self._gates.setdefault(base_rows.bit_length(), Gate(patience=RARELY))
+            self.gate = self._gate(count)
         if self.gate is not None:
             if not wanted:
                 return trees
-            if not self.gate.wants_draft(base_rows):
-                asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
-            asked = self._affordable(asked, usual)
+            if deciding:
+                if not self.gate.wants_draft(count):
+                    asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
+            elif not self.gate.is_open:
+                asked = []
+            left = {draftee.request: draftee.left for draftee in draftees}
+            asked = self._affordable(asked, left, usual)
         if not asked:
             return trees
         without = trees
@@ -241,44 +247,55 @@ class Layerwise(DySpec):
             after = cost.gain(base_rows, _as_if(trees, chosen), spent)
             if closed:
                 self._allowance -= self.spent - reading
-            if self.gate.decide((1.0 + after) / (1.0 + before) - 1.0, base_rows):
+            gain = (1.0 + after) / (1.0 + before) - 1.0
+            if deciding and self.gate.decide(gain, count):
                 saved = _REINVESTED * max(0.0, self.gate.gain) * step
                 self._allowance = max(
                     self._allowance, min(self._allowance + saved, _EARNED_IN * usual)
                 )
-            if closed:
-                self.spent = 0.0  # paid for here, and not held against the other sources
+            if closed:  # it was paid for here, and says nothing of the other sources
+                self.spent = cost.worth(base_rows, trees, cost.gain(base_rows, without))
         return trees
+
+    def _gate(self, count: int) -> Gate:
+        """The gate for batches of so many requests. Only the first one begins open: what another
+        size brings is found out by a trial, which costs less than asking about all.
+        """
+        size = count.bit_length()
+        if size not in self._gates:
+            self._gates[size] = Gate(patience=RARELY, is_open=not self._gates)
+        return self._gates[size]
 
     def stop(self, request: str) -> None:
         """See `Grower.stop`."""
         super().stop(request)
         self._asked.discard(request)
 
-    def _affordable(self, wanted: Sequence[str], step: float) -> list[str]:
+    def _affordable(self, wanted: Sequence[str], left: Mapping[str, int], step: float) -> list[str]:
         """The requests that may be asked about, those with less to read first; it is paid for.
 
         What has to be read beyond what one step is charged for must fit into what such reading may
         take, `_READING_SHARE` of the time and `_REINVESTED` of what was saved, or be earned back in
-        `_EARNED_IN` steps at the gain that an open gate has seen. While it is closed, a trial asks
-        about few requests.
+        `_EARNED_IN` steps, or in those that are left, at the gain that an open gate has seen. While
+        it is closed, a trial asks about few requests.
 
         Args:
             wanted: the requests.
+            left: most tokens that each may still get.
             step: seconds of one without drafts.
         """
         assert self.gate is not None
         is_open = self.gate.is_open
-        budget = self._allowance
-        if is_open:
-            budget += _EARNED_IN * max(0.0, self.gate.gain) * step
+        earned = max(0.0, self.gate.gain) * step if is_open else 0.0
         chosen: set[str] = set()
-        debt = rows = 0
+        debt = rows = steps = 0
         price = 0.0
         for more, request in sorted((self._predictor.debt(name), name) for name in wanted):
             debt += more
             rows += max(0, more - FAIR_DEBT) if is_open else more
+            steps += min(_EARNED_IN, left[request])
             seconds = self._predictor.seconds(rows) if rows else 0.0
+            budget = self._allowance + earned * steps / (len(chosen) + 1)
             if seconds > budget or (chosen and not is_open and debt > _TRIAL_DEBT):
                 break
             chosen.add(request)

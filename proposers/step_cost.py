@@ -134,6 +134,12 @@ class StepCost(ABC):
         seconds = self.seconds_with(base_rows, trees) + spent
         return self.seconds(base_rows) / (seconds * waits) - 1.0
 
+    def worth(self, base_rows: int, trees: Sequence[TokenTree], gain: float) -> float:
+        """Seconds that drafting these trees may take for them to gain so much; see `gain`."""
+        return self.seconds_with(base_rows, trees) * (
+            (1.0 + self.gain(base_rows, trees)) / (1.0 + gain) - 1.0
+        )
+
     def search(
         self, base_rows: int, base_tokens: float, limit: int, spent: float = 0.0
     ) -> SizeSearch:

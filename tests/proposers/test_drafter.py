@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import CostModel, DySpecOptions, TokenTree, TreeDrafter, VerifiedRows
+from proposers.dyspec import DySpec
 from proposers.gate import Gate
+from proposers.mixture import Mixture
+from proposers.suffix import SuffixSource
 
 FLAT = [(1, 0.03), (1000, 0.0301)]
 VOCAB = 50
@@ -257,3 +262,23 @@ def test_any_input_gives_valid_and_repeatable_trees(
     prompts: list[list[int]], history: list
 ) -> None:
     assert play(prompts, history, check=True) == play(prompts, history, check=False)
+
+
+def test_growers_are_told_how_much_a_request_may_still_get() -> None:
+    told: list[int] = []
+
+    class Asking(DySpec):
+        def grow(self, draftees: Any, *args: Any, **kwargs: Any) -> Any:
+            told.extend(draftee.left for draftee in draftees)
+            return super().grow(draftees, *args, **kwargs)
+
+    grower = Asking(Mixture([SuffixSource(VOCAB)]), DySpecOptions())
+    d = TreeDrafter(VOCAB, DySpecOptions(), CostModel(FLAT), grower=grower)
+    d.start("r", [1, 2, 3], greedy=True, longest=10)
+    d.start("endless", [1, 2, 3], greedy=True)
+    d.propose(["r"])
+    d.extend("r", [4, 5])
+    d.propose(["r"])
+    d.propose(["endless"])
+    assert told[:2] == [7, 5]
+    assert told[2] > 10**6

@@ -372,20 +372,81 @@ def test_the_passes_of_a_trial_are_paid_for_too() -> None:
     assert grower._allowance == pytest.approx(before + 0.005 * step - spent + saved)
 
 
-def test_a_trial_is_not_held_against_the_other_sources() -> None:
-    """What stops all drafting is told of passes that are made because they pay, not of trials."""
-    model, grower = with_closed_gate("prose")
-    grower._allowance, begun = 1.0, model.begun
-    grow(grower, draftee("new"), cost=STEEP)
-    assert model.begun == begun + 1
-    assert grower._allowance < 1.0
-    assert grower.spent == 0.0
-    model.pass_seconds, model.flatness = 1e-4, 0.05
+def test_a_trial_speaks_neither_for_nor_against_the_other_sources(table_source) -> None:
+    """What stops all drafting is told what they promise without it, also where it brings much."""
+    for seconds, flatness in ((0.03, 5.0), (0.03, 0.05)):
+        model = Model(seconds)
+        model.flatness = 5.0
+        free = table_source({10: {1: 0.9}, 11: {1: 0.6}}, odds=1.0)
+        free.start("prose", [10], greedy=True)
+        free.start("new", [11], greedy=True)
+        grower = Layerwise(model, [free], options())
+        for _ in range(60):
+            grow(grower, draftee("prose"), cost=STEEP)
+        assert grower.gate is not None
+        assert not grower.gate.is_open
+        assert grower.spent == 0.0  # nothing was asked
+        grower._allowance, begun = 1.0, model.begun
+        model.flatness = flatness
+        alone = grow(DySpec(Mixture([ModelSource(), free]), options()), draftee("new"), cost=STEEP)
+        trees = grow(grower, draftee("new"), cost=STEEP)
+        assert model.begun == begun + 1
+        assert grower._allowance < 1.0
+        told = STEEP.gain(1, trees, grower.spent)
+        assert told == pytest.approx(STEEP.gain(1, alone), abs=0.02)  # weights were learnt
+        if flatness < 1.0:
+            assert STEEP.gain(1, trees) > told + 0.1
+    model = Model(1e-4)
+    model.flatness = 0.05
     grower = asked_often(model, "easy")
-    assert grower.gate is not None
-    assert grower.gate.is_open
     grow(grower, draftee("easy"), cost=STEEP)
-    assert grower.spent > 0.0
+    assert grower.spent > 0.0  # a pass that is made because it pays counts
+
+
+def test_another_size_of_batch_begins_with_a_trial() -> None:
+    model = Model(1e-4)
+    model.flatness = 0.05
+    grower = Layerwise(model, [], options(max_batch_nodes=32))
+    grow(grower, *[draftee(name) for name in "ab"], cost=STEEP)
+    model.debts = {name: 40 for name in "cdefghij"}
+    for _ in range(3):
+        grow(grower, *[draftee(name) for name in "cdefghij"], cost=STEEP)
+    first, second, third = model.asked[:3]
+    assert first == (["a", "b"], False)
+    assert second == (["c"], True)
+    assert third[1] == (third[0] != list("cdefghij"))  # it pays, so all are asked about from now on
+    assert len(third[0]) > 1
+
+
+def test_beside_prompts_the_model_is_asked_where_it_pays_without_them() -> None:
+    """What pays in a step that takes long anyway says nothing of the others."""
+    for pays in (True, False):
+        model = Model(1e-4 if pays else 10.0)
+        model.flatness = 0.05 if pays else 5.0
+        grower = asked_often(model, "a")
+        gate = grower.gate
+        assert gate is not None
+        before = (gate.is_open, gate.gain, gate.switches)
+        assert gate.is_open == pays
+        model.asked = []
+        for prompt in range(10, 2000, 100):
+            grower.grow([draftee("a")], STEEP, base_rows=1 + prompt, base_tokens=1.0)
+        assert len(model.asked) == (20 if pays else 0)
+        assert (gate.is_open, gate.gain, gate.switches) == before
+        assert len(grower._gates) == 1
+
+
+@pytest.mark.parametrize(("left", "reads"), [(64, True), (5, False)])
+def test_a_text_that_is_about_to_end_is_not_read(left: int, reads: bool) -> None:
+    """What its reading takes is earned back in the steps that are left."""
+    model = Model(0.0005)
+    model.flatness = 0.05
+    grower = asked_often(model, "a")
+    grower._allowance = 0.0
+    model.asked, model.debts = [], {"b": 20_000}  # 0.2 seconds
+    last = Draftee("b", greedy=True, chain=False, limit=12, left=left)
+    grower.grow([last], STEEP, base_rows=1, base_tokens=1.0)
+    assert model.asked == ([(["b"], False)] if reads else [])
 
 
 def test_requests_that_have_ended_are_forgotten() -> None:

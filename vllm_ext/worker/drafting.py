@@ -70,12 +70,16 @@ class Drafting:
         """
         params = state.sampling_params
         self._known[request_id] = state.num_tokens
+        limit: dict[str, int] = {}
+        if params.max_tokens is not None:
+            limit["longest"] = state.num_tokens - len(state.output_token_ids) + params.max_tokens
         self.drafter.start(
             request_id,
             [*(state.prompt_token_ids or ()), *state.output_token_ids],
             greedy=params.temperature < 1e-5,
             chain=not self._branching or params.structured_outputs is not None,
             namespace=_adapter(state),
+            **limit,
         )
 
     def stop(self, request_id: str) -> None:

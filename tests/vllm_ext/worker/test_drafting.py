@@ -53,9 +53,21 @@ def state_of(*output: int) -> Any:
         prompt_token_ids=[1],
         output_token_ids=list(output),
         get_token_id=[1, *output].__getitem__,
-        sampling_params=SimpleNamespace(temperature=0.0, structured_outputs=None),
+        sampling_params=SimpleNamespace(temperature=0.0, structured_outputs=None, max_tokens=None),
         lora_request=None,
     )
+
+
+@pytest.mark.parametrize(("max_tokens", "told"), [(None, {}), (64, {"longest": 65})])
+def test_the_drafter_is_told_where_a_request_ends(max_tokens: int | None, told: Any) -> None:
+    """Also one that has been preempted, and begins anew with what it had generated."""
+    given: list[dict[str, Any]] = []
+    drafter: Any = SimpleNamespace(start=lambda *args, **kwargs: given.append(kwargs))
+    drafting = Drafting(drafter, trees=True)
+    for state in (state_of(2), state_of(2, 3, 4)):
+        state.sampling_params.max_tokens = max_tokens
+        drafting.start("r", state)
+    assert [{k: v for k, v in one.items() if k == "longest"} for one in given] == [told, told]
 
 
 def test_each_newest_token_is_shown_with_the_row_that_it_was_drawn_from() -> None:
