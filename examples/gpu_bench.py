@@ -90,27 +90,27 @@ def machine() -> dict[str, str]:
 def measure_kernel(options: argparse.Namespace) -> dict[str, Any]:
     """Correctness on the device, then times."""
     from vllm_ext.attention import measure
+    from vllm_ext.attention.measure_flash import Flash
 
     if not torch.cuda.is_available() and not measure.INTERPRETED:
         sys.exit("error: no GPU here; set TRITON_INTERPRET=1 and small sizes to try it without")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stock = measure.stock_decode() if device.type == "cuda" else None
+    flash = Flash.installed() if device.type == "cuda" else None
     errors: list[dict[str, Any]] = []
     for shape in measure.SHAPES:
         for nodes in options.nodes:
             for dtype in (torch.float32, torch.bfloat16):
                 bench = measure.Bench(shape, 2, min(options.context), nodes, dtype, device)
-                errors.append(
-                    {
-                        "shape": shape.name,
-                        "nodes": nodes,
-                        "dtype": str(dtype),
-                        "relative_error": bench.error(),
-                    }
-                )
-    for dtype in ("torch.float32", "torch.bfloat16"):
-        worst = max(e["relative_error"] for e in errors if e["dtype"] == dtype)
-        print(f"largest relative error against float64, {dtype}: {worst:.2g}")
+                found = {"shape": shape.name, "nodes": nodes, "dtype": str(dtype)}
+                errors.append({**found, "route": "tree", "relative_error": bench.error()})
+                if flash and dtype != torch.float32:
+                    error = bench.error(flash.contexts(bench))
+                    route = "FlashAttention + tree"
+                    errors.append({**found, "route": route, "relative_error": error})
+    for dtype, route in sorted({(e["dtype"], e["route"]) for e in errors}):
+        same = [e for e in errors if (e["dtype"], e["route"]) == (dtype, route)]
+        worst = max(e["relative_error"] for e in same)
+        print(f"largest relative error against float64, {route}, {dtype}: {worst:.2g}")
     rate = measure.copy_rate(device)
     print(f"memory: {rate / 1e3:.0f} GB/s in a copy\n")
     results = []
@@ -118,13 +118,13 @@ def measure_kernel(options: argparse.Namespace) -> dict[str, Any]:
         measure.SHAPES, options.batch, options.context, options.nodes
     ):
         bench = measure.Bench(shape, batch, context, nodes, torch.bfloat16, device)
-        results.append(bench.measure(stock, rate))
+        results.append(bench.measure(flash, rate))
     print(measure.table(results))
     committed = measure_commits(options.batch, device)
     return {
         "errors": errors,
         "bytes_per_second": 1e6 * rate,
-        "stock": "vLLM's FlashAttention" if stock else None,
+        "stock": f"vLLM's FlashAttention {flash.version}" if flash else None,
         "results": [result.as_json() for result in results],
         "commits": committed,
     }

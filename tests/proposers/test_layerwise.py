@@ -408,7 +408,7 @@ def test_another_size_of_batch_begins_with_a_trial() -> None:
     model.flatness = 0.05
     grower = Layerwise(model, [], options(max_batch_nodes=32))
     grow(grower, *[draftee(name) for name in "ab"], cost=STEEP)
-    model.debts = {name: 40 for name in "cdefghij"}
+    model.debts = dict.fromkeys("cdefghij", 40)
     for _ in range(3):
         grow(grower, *[draftee(name) for name in "cdefghij"], cost=STEEP)
     first, second, third = model.asked[:3]

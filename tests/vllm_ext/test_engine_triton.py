@@ -18,23 +18,46 @@ SPECULATIVE = {"method": "dyspec", "num_speculative_tokens": 8, "adaptive": Fals
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """An engine without us, and its model."""
     model = make_tiny_model(tmp_path_factory.mktemp("model"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        plain = make_engine(model, None)
-        patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.triton_worker.TritonWorker")
+        engine = make_engine(model, None)
+    yield engine, model
+    engine.llm_engine.engine_core.shutdown()
+
+
+def make_ours(folder: Path, worker: str, **options: Any) -> Any:
+    """An engine for the model in a folder, with a worker of `triton_worker`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setattr("vllm_ext.config.CPU_WORKER", f"tests.vllm_ext.triton_worker.{worker}")
         patch.setenv("TRITON_INTERPRET", "1")  # reaches the worker, which is a new process
-        ours = make_engine(model, dict(SPECULATIVE))
-    yield plain, ours
-    for engine in (plain, ours):
-        engine.llm_engine.engine_core.shutdown()
+        return make_engine(folder, {**SPECULATIVE, **options})
 
 
-def test_same_tokens_through_the_triton_kernel(engines: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    ("worker", "breaks"),
+    [
+        ("TritonWorker", ("leave_nodes_where_they_are", "hide_ancestors")),
+        ("FlashWorker", ("shorten_contexts",)),
+    ],
+)
+def test_same_tokens_through_the_triton_kernel(
+    plain: tuple[Any, Path], worker: str, breaks: tuple[str, ...]
+) -> None:
+    ours = make_ours(plain[1], worker)
+    try:
+        compare(plain[0], ours, worker, breaks)
+    finally:
+        ours.llm_engine.engine_core.shutdown()
+
+
+def compare(plain: Any, ours: Any, worker: str, breaks: tuple[str, ...]) -> None:
+    """The same text, and another one with anything broken."""
     from vllm import SamplingParams
 
-    plain, ours = engines
     greedy = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True, detokenize=False)
     requests = prompts(3, seed=5, longest=20)
     expected = texts(plain, requests, greedy)
@@ -46,23 +69,20 @@ def test_same_tokens_through_the_triton_kernel(engines: tuple[Any, Any]) -> None
     assert state["branching_trees"] > 5
     assert state["accepted_tokens"] > 5
     assert state["moved"] > 5
-    # The controls: with nodes in the wrong slots, or with the wrong mask, the text changes.
-    for broken in ("leave_nodes_where_they_are", "hide_ancestors"):
+    assert (state["flash_calls"] > 5) == (worker == "FlashWorker")
+    # The controls: with nodes in the wrong slots, wrong masks or contexts, the text changes.
+    for broken in breaks:
         ours.collective_rpc(broken)
         assert texts(ours, requests, greedy) != expected
 
 
-def test_a_draft_model_through_the_triton_kernel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worker", ["TritonWorker", "FlashWorker"])
+def test_a_draft_model_through_the_triton_kernel(tmp_path: Path, worker: str) -> None:
     """A target that drafts for itself is never wrong, here with whole trees in every level."""
     from vllm import SamplingParams
 
     model = make_tiny_model(tmp_path / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setattr("vllm_ext.config.CPU_WORKER", "tests.vllm_ext.triton_worker.TritonWorker")
-        patch.setenv("TRITON_INTERPRET", "1")
-        own = {"model": str(model), "sources": [], "min_probability": 0.0}
-        engine = make_engine(model, {**SPECULATIVE, **own})
+    engine = make_ours(model, worker, model=str(model), sources=[], min_probability=0.0)
     try:
         before = engine.collective_rpc("state")[0]
         greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)

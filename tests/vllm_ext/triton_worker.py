@@ -7,6 +7,7 @@ engine around it, scheduler, runner, metadata and sampler, is vLLM's own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from proposers.cost_model import AttentionCost
+from tests.vllm_ext.attention.flash_standin import flash_attn_varlen_func
+from vllm_ext.attention import flash_context
 from vllm_ext.attention.cuda import tree_backend
 from vllm_ext.attention.cuda_setup import set_up_tree_attention
+from vllm_ext.attention.route import ALWAYS
+from vllm_ext.attention.tree_launch import ROUTE_ATTRIBUTE
 from vllm_ext.worker.commit import displaced
 from vllm_ext.worker.cpu import TreeCPUModelRunner, _runner_class
 from vllm_ext.worker.gpu import TreeGPURunnerMixin
@@ -88,6 +93,8 @@ class TritonRunner(TreeGPURunnerMixin, TreeCPUModelRunner):
 class TritonWorker(CPUWorker):
     """The CUDA worker's start-up, on a CPU."""
 
+    flash_calls = 0
+
     def init_device(self) -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.TreePlainBackend")
         with _runner_class(TritonRunner):
@@ -110,6 +117,7 @@ class TritonWorker(CPUWorker):
             "refused": runner.trees_refused,
             "launches": int(runner.launches),
             "moved": int(runner.moved),
+            "flash_calls": self.flash_calls,
             **runner._counters.snapshot(),
         }
 
@@ -117,6 +125,18 @@ class TritonWorker(CPUWorker):
         """Break the commit: what was accepted stays in the slots of the tree."""
         runner: Any = self.model_runner
         runner.mover.commit = lambda *step: None
+
+    def shorten_contexts(self) -> None:
+        """Break the contexts that FlashAttention reads: each lacks its last token."""
+        from vllm_ext.attention.tree_launch import DeviceStep
+
+        real = DeviceStep.contexts
+
+        def shorter(step: DeviceStep, device: torch.device) -> Any:
+            whole = real(step, device)
+            return replace(whole, bases=whole.bases - 1, longest=whole.longest - 1)
+
+        DeviceStep.contexts = shorter  # type: ignore[method-assign]
 
     def hide_ancestors(self) -> None:
         """Break the kernel's mask: every row sees every row before it."""
@@ -127,3 +147,21 @@ class TritonWorker(CPUWorker):
                 request, start, base, len(depths)
             )
         )
+
+
+class FlashWorker(TritonWorker):
+    """The same where vLLM has FlashAttention, and every context goes there."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        PlainImpl.vllm_flash_attn_version = 3  # type: ignore[attr-defined]
+        flash_context.flash_attention = lambda: self._flash
+        result = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        for layer in runner.compilation_config.static_forward_context.values():
+            setattr(layer.impl, ROUTE_ATTRIBUTE, ALWAYS)
+        self.flash_calls = 0
+        return result
+
+    def _flash(self, **given: Any) -> Any:
+        self.flash_calls += 1
+        return flash_attn_varlen_func(**given)

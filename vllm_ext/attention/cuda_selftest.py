@@ -41,19 +41,37 @@ def self_test(layer: Any, builder: Any, runner: Any) -> str | None:
     Returns:
         What is wrong, or ``None``.
     """
-    quantised = layer.kv_cache.element_size() == 1
-    tolerance = _TOLERANCE_FLOAT8 if quantised else _TOLERANCE[runner.dtype]
+    case = _Case(layer, runner, _chain(), _BASES[0])
+    reason = _difference(case, case.stock(builder), "the stock kernel")
+    return reason or trees_test(layer, runner)
+
+
+def trees_test(layer: Any, runner: Any) -> str | None:
+    """Compare random trees, one for every launch shape, with dense attention.
+
+    Args:
+        layer: as `self_test`.
+        runner: as there.
+
+    Returns:
+        What is wrong, or ``None``.
+    """
     group = layer.impl.num_heads // layer.impl.num_kv_heads
     sizes = sorted({max(-(-stacked // group), 3) for stacked in _STACKED_ROWS})
-    trees = [_chain(), *(_random_tree(rows - 1) for rows in sizes)]
-    for index, tree in enumerate(trees):
-        case = _Case(layer, runner, tree, base=_BASES[index % 2])
-        ours = case.tree_attention()
-        expected = case.stock(builder) if tree.is_chain else case.dense()
-        error = float((ours.double() - expected.double()).abs().max())
-        if not math.isfinite(error) or error > tolerance:
-            name = "the stock kernel" if tree.is_chain else "dense masked attention"
-            return f"self-test: tree attention differs from {name} by {error:.2g}"
+    for index, rows in enumerate(sizes, start=1):
+        case = _Case(layer, runner, _random_tree(rows - 1), _BASES[index % 2])
+        reason = _difference(case, case.dense(), "dense masked attention")
+        if reason is not None:
+            return reason
+    return None
+
+
+def _difference(case: _Case, expected: torch.Tensor, name: str) -> str | None:
+    quantised = case.layer.kv_cache.element_size() == 1
+    tolerance = _TOLERANCE_FLOAT8 if quantised else _TOLERANCE[case.query.dtype]
+    error = float((case.tree_attention().double() - expected.double()).abs().max())
+    if not math.isfinite(error) or error > tolerance:
+        return f"self-test: tree attention differs from {name} by {error:.2g}"
     return None
 
 

@@ -55,8 +55,10 @@ def _why_not_here(runner: Any) -> str | None:
 def _why_not_these_layers(runner: Any) -> str | None:
     from vllm_ext.attention.cuda import TreeAttention
     from vllm_ext.attention.cuda_selftest import self_test
+    from vllm_ext.attention.route import Route, find_route
+    from vllm_ext.attention.tree_launch import ROUTE_ATTRIBUTE
 
-    tested: set[tuple[Any, ...]] = set()
+    tested: dict[tuple[Any, ...], Route | None] = {}
     for group, layer_name, layer in _layers(runner):
         impl = getattr(layer, "impl", None)
         if not isinstance(impl, TreeAttention):
@@ -69,13 +71,15 @@ def _why_not_these_layers(runner: Any) -> str | None:
         other: Any = impl
         kind = (type(impl), other.num_heads, layer.kv_cache.shape[1:], other.sliding_window)
         if kind not in tested:
-            tested.add(kind)
             try:
                 reason = self_test(layer, group.get_metadata_builder(), runner)
             except Exception as error:  # a kernel that does not compile must not stop the engine
                 reason = f"self-test: {type(error).__name__}: {error}"
             if reason is not None:
                 return f"{reason} in layer {layer_name}"
+            tested[kind] = find_route(layer, runner)
+        setattr(impl, ROUTE_ATTRIBUTE, tested[kind])
+    runner.context_routes = sorted({str(route) for route in tested.values() if route is not None})
     return None if tested else "no attention layer"
 
 

@@ -13,14 +13,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_ext.attention.tree_plan import LaunchPlan, RowTree, plan_launch
 from vllm_ext.attention.triton_move import Caches, move_paths
-from vllm_ext.attention.triton_tree import Pieces, Tile, choose_tile, tree_attention
+from vllm_ext.attention.triton_tree import Context, Pieces, Tile, choose_tile, tree_attention
+
+if TYPE_CHECKING:
+    from vllm_ext.attention.measure_flash import Flash
 
 TARGET = 1.15
 PAGE = 16
@@ -85,6 +88,8 @@ class Result:
         floor: of the tree call.
         added: floor of what the tree adds to one row.
         host: time to queue the call.
+        flash: trees whose contexts FlashAttention reads, or ``None``.
+        flash_host: time to queue that call, or ``None``.
     """
 
     shape: str
@@ -97,12 +102,15 @@ class Result:
     floor: float
     added: float
     host: float
+    flash: Timing | None = None
+    flash_host: float | None = None
 
     @property
     def ratio(self) -> float:
-        """Tree attention over one-token decoding plus what the tree adds; the target is 1.15."""
+        """The faster route over one-token decoding plus what the tree adds; the target is 1.15."""
         decode = self.stock or self.one_row
-        return self.tree.median / (decode.median + self.added)
+        best = min(route.median for route in (self.tree, self.flash) if route is not None)
+        return best / (decode.median + self.added)
 
     def as_json(self) -> dict[str, Any]:
         """Plain types."""
@@ -112,21 +120,26 @@ class Result:
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| shape | batch | context | nodes | tree, us | one row, us | stock, us | floor, us "
-        "| tree / (decode + added) | host, us |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | batch | context | nodes | tree, us | FlashAttention + tree, us | one row, us "
+        "| stock, us | floor, us | faster / (decode + added) | host, us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         stock = f"{r.stock.median:.1f}" if r.stock else "-"
+        host = f"{r.host:.0f}" + (f", {r.flash_host:.0f}" if r.flash_host is not None else "")
         lines.append(
             f"| {r.shape} | {r.batch} | {r.context} | {r.nodes} "
-            f"| {r.tree.median:.1f} ({r.tree.low:.1f}-{r.tree.high:.1f}) "
+            f"| {_spread(r.tree)} | {_spread(r.flash) if r.flash else '-'} "
             f"| {r.one_row.median:.1f} | {stock} | {r.floor:.1f} "
-            f"| {r.ratio:.2f}{' *' if r.ratio > TARGET else ''} | {r.host:.0f} |"
+            f"| {r.ratio:.2f}{' *' if r.ratio > TARGET else ''} | {host} |"
         )
     missed = sum(r.ratio > TARGET for r in results)
     lines.append(f"\n\\* above the target of {TARGET}: {missed} of {len(results)}")
     return "\n".join(lines)
+
+
+def _spread(timing: Timing) -> str:
+    return f"{timing.median:.1f} ({timing.low:.1f}-{timing.high:.1f})"
 
 
 def random_tree(request: int, start: int, base: int, nodes: int, seed: int) -> RowTree:
@@ -186,8 +199,8 @@ class Bench:
         """Values, as the keys."""
         return self.cache[..., self.shape.head_size :]
 
-    def plan(self, rows: int) -> tuple[LaunchPlan, Tile]:
-        """Plan for the trees, or for one row per request."""
+    def plan(self, rows: int, context: bool = True) -> tuple[LaunchPlan, Tile]:
+        """Plan for the trees, or for one row per request, with or without the contexts."""
         shape = self.shape
         group = shape.heads // shape.kv_heads
         trees = self.trees
@@ -206,12 +219,18 @@ class Bench:
             tile.block_n,
             processors,
             self.device,
+            context=context,
         )
         return made, tile
 
-    def call(self, rows: int) -> Callable[[], None]:
-        """The kernel on the trees, or on one row per request."""
-        plan, tile = self.plan(rows)
+    def call(self, rows: int, contexts: Callable[[], Context] | None = None) -> Callable[[], None]:
+        """The kernel on the trees, or on one row per request.
+
+        Args:
+            rows: of each request.
+            contexts: attends to the contexts, if the kernel does not.
+        """
+        plan, tile = self.plan(rows, context=contexts is None)
         # As in a step, where all layers share it.
         pieces = Pieces.of(plan, self.shape.heads, self.shape.head_size, self.device)
 
@@ -226,14 +245,15 @@ class Bench:
                 self.output,
                 self.scale,
                 pieces=pieces,
+                context=contexts() if contexts else None,
             )
 
         return run
 
-    def error(self) -> float:
+    def error(self, contexts: Callable[[], Context] | None = None) -> float:
         """Largest relative error of a row against dense masked attention in float64."""
         self.output.fill_(float("nan"))
-        self.call(self.nodes + 1)()
+        self.call(self.nodes + 1, contexts)()
         worst = 0.0
         group = self.shape.heads // self.shape.kv_heads
         for tree in self.trees:
@@ -253,16 +273,17 @@ class Bench:
             worst = max(worst, float(wrong.max()))
         return worst
 
-    def measure(self, stock: Callable[[Bench], Callable[[], Any]] | None, rate: float) -> Result:
-        """Time the trees, one row per request, and the stock kernel.
+    def measure(self, flash: Flash | None, rate: float) -> Result:
+        """Time the trees by both routes, one row per request, and the stock kernel.
 
         Args:
-            stock: makes the stock kernel's one-row call, if there is one.
+            flash: the stock kernel, if there is one.
             rate: bytes per microsecond of the device's memory.
         """
         rows, itemsize = self.nodes + 1, self.query.element_size()
         run = self.call(rows)
         tree = timed(run)
+        both = self.call(rows, flash.contexts(self)) if flash else None
         whole = call_bytes(self.shape, self.batch, self.context, rows, itemsize)
         single = call_bytes(self.shape, self.batch, self.context, 1, itemsize)
         return Result(
@@ -272,10 +293,12 @@ class Bench:
             self.nodes,
             tree,
             timed(self.call(1)),
-            timed(stock(self)) if stock else None,
+            timed(flash.decode(self)) if flash else None,
             whole / rate,
             (whole - single) / rate,
             queued(run),
+            timed(both) if both else None,
+            queued(both) if both else None,
         )
 
 
@@ -345,30 +368,3 @@ def grid(
             for context in contexts:
                 for count in nodes:
                     yield shape, batch, context, count
-
-
-def stock_decode() -> Callable[[Bench], Callable[[], Any]] | None:
-    """vLLM's paged FlashAttention on one row per request, if vLLM is installed with it."""
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-
-    def make(bench: Bench) -> Callable[[], Any]:
-        starts = torch.arange(bench.batch + 1, dtype=torch.int32, device=bench.device)
-        lengths = torch.full_like(starts[1:], bench.context + 1)
-        query = bench.query[: bench.batch].contiguous()
-        return lambda: flash_attn_varlen_func(
-            q=query,
-            k=bench.keys,
-            v=bench.values,
-            cu_seqlens_q=starts,
-            max_seqlen_q=1,
-            seqused_k=lengths,
-            max_seqlen_k=bench.context + 1,
-            softmax_scale=bench.scale,
-            causal=True,
-            block_table=bench.block_table,
-        )
-
-    return make

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 from vllm_ext.attention.tree_plan import MAX_ROWS, LaunchPlan, RowTree, plan_launch
 from vllm_ext.attention.triton_tree import Pieces, Tile, choose_tile, tree_attention
@@ -23,6 +24,9 @@ from vllm_ext.worker.step import AttentionStep, Step
 
 LAUNCH_ATTRIBUTE = "vllm_ext_launch"
 """Attribute of vLLM's attention metadata that holds the :class:`TreeLaunch`."""
+
+ROUTE_ATTRIBUTE = "_vllm_ext_route"
+"""Attribute of an attention implementation: the :class:`vllm_ext.attention.route.Route`, if any."""
 
 _VIEWS_ATTRIBUTE = "_vllm_ext_views"
 """Attribute of an attention implementation: its cache, and the views of keys and values."""
@@ -36,6 +40,23 @@ CACHE_DTYPES = ("auto", "float16", "bfloat16", *_FLOAT8)
 """``kv_cache_dtype`` values whose elements the kernel can read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """The committed contexts of a step's requests.
+
+    Attributes:
+        starts: int32 [requests + 1]; first batch row of each request.
+        rows: of all requests.
+        bases: int32 [requests]; their tokens.
+        longest: tokens of the longest.
+    """
+
+    starts: torch.Tensor
+    rows: int
+    bases: torch.Tensor
+    longest: int
+
+
 @dataclass(slots=True)
 class DeviceStep:
     """The rows that the kernel attends in this step, with plans made as layers ask for them.
@@ -46,6 +67,7 @@ class DeviceStep:
         step: the branching trees, for the stash.
         processors: multiprocessors of the device.
         most_rows: rows of the largest tree.
+        mean_context: committed tokens of a request.
     """
 
     trees: list[RowTree]
@@ -53,10 +75,14 @@ class DeviceStep:
     step: AttentionStep
     processors: int
     most_rows: int = field(init=False)
+    mean_context: float = field(init=False)
     _plans: dict[tuple[Any, ...], tuple[LaunchPlan, Pieces]] = field(default_factory=dict)
+    _contexts: Contexts | None = None
+    _scratch: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.most_rows = max(len(tree.depths) for tree in self.trees)
+        self.mean_context = sum(tree.base for tree in self.trees) / len(self.trees)
 
     @classmethod
     def build(
@@ -87,11 +113,38 @@ class DeviceStep:
                 trees.append(RowTree.chain(request, start, int(bases[request]), rows))
         return cls(trees, len(trees) == len(step.trees), step.attention, processors)
 
+    def contexts(self, device: torch.device) -> Contexts:
+        """The contexts, if every row rides; copied to the device once."""
+        if self._contexts is None:
+            bases = [tree.base for tree in self.trees]
+            ends = [tree.start + len(tree.depths) for tree in self.trees]
+            both = torch.tensor([*bases, 0, *ends], dtype=torch.int32)
+            if device.type == "cuda":
+                both = both.pin_memory().to(device, non_blocking=True)
+            count = len(bases)
+            self._contexts = Contexts(both[count:], ends[-1], both[:count], max(bases))
+        return self._contexts
+
+    def scratch(self, query: torch.Tensor) -> torch.Tensor:
+        """Memory like the queries of a layer; layers that run one after the other share it."""
+        kind = (query.shape, query.dtype)
+        found = self._scratch.get(kind)
+        if found is None:
+            found = self._scratch[kind] = torch.empty_like(query)
+        return found
+
     def plan(
-        self, heads: int, kv_heads: int, head_size: int, window: int, tile: Tile, device: Any
+        self,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        window: int,
+        tile: Tile,
+        device: Any,
+        context: bool,
     ) -> tuple[LaunchPlan, Pieces]:
         """The plan for layers of one kind, and their memory; made once per step."""
-        kind = (heads, kv_heads, head_size, window, tile)
+        kind = (heads, kv_heads, head_size, window, tile, context)
         found = self._plans.get(kind)
         if found is None:
             plan = plan_launch(
@@ -103,6 +156,7 @@ class DeviceStep:
                 tile.block_n,
                 self.processors,
                 device,
+                context=context,
             )
             found = self._plans[kind] = plan, Pieces.of(plan, heads, head_size, device)
         return found
@@ -140,13 +194,25 @@ class TreeLaunch:
         heads, kv_heads, size = impl.num_heads, impl.num_kv_heads, impl.head_size
         window = window_of(impl)
         tile = choose_tile(self.step.most_rows, heads // kv_heads, size, output.dtype)
-        plan, pieces = self.step.plan(heads, kv_heads, size, window, tile, query.device)
+        route = getattr(impl, ROUTE_ATTRIBUTE, None)
+        apart = (
+            route is not None
+            and self.step.everything
+            and route.splits(len(self.step.trees), self.step.mean_context)
+        )
+        plan, pieces = self.step.plan(
+            heads, kv_heads, size, window, tile, query.device, context=not apart
+        )
         known = getattr(impl, _VIEWS_ATTRIBUTE, None)
         if known is None or known[0] is not kv_cache:
             known = kv_cache, key_value_views(kv_cache, size, impl.kv_cache_dtype)
             setattr(impl, _VIEWS_ATTRIBUTE, known)
         keys, values = known[1]
-        quantised = impl.kv_cache_dtype in _FLOAT8
+        context = None
+        if apart:
+            from vllm_ext.attention.flash_context import attend_contexts
+
+            context = attend_contexts(impl, query, keys, values, self.block_table, self.step)
         tree_attention(
             query,
             keys,
@@ -159,9 +225,15 @@ class TreeLaunch:
             window,
             float(impl.logits_soft_cap or 0.0),
             query_scale=layer._q_scale if query.dtype in _FLOAT8.values() else None,
-            kv_scales=(layer._k_scale, layer._v_scale) if quantised else None,
+            kv_scales=(layer._k_scale, layer._v_scale) if is_quantised(impl) else None,
             pieces=pieces,
+            context=context,
         )
+
+
+def is_quantised(impl: Any) -> bool:
+    """Whether the cache of an implementation is stored in 8 bits."""
+    return impl.kv_cache_dtype in _FLOAT8
 
 
 def window_of(impl: Any) -> int:
@@ -194,7 +266,9 @@ def key_value_views(
         cache = cache.view(_FLOAT8[cache_dtype])
     if cache.ndim == 4 and cache.shape[3] == 2 * head_size:
         cache = cache.transpose(1, 2)
-        return cache[..., :head_size], cache[..., head_size:]
+        # FlashAttention's loads want every stride aligned, also where a dimension has size 1.
+        keys, values = cache[..., :head_size], cache[..., head_size:]
+        return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
     if cache.ndim == 5 and cache.shape[4] == head_size and 2 in cache.shape[:2]:
         keys, values = cache.unbind(0 if cache.shape[0] == 2 else 1)
         return keys, values

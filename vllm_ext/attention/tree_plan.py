@@ -114,6 +114,7 @@ def plan_launch(
     processors: int,
     device: torch.device,
     chunk: int | None = None,
+    context: bool = True,
 ) -> LaunchPlan:
     """Cut the trees into pieces of work.
 
@@ -127,11 +128,16 @@ def plan_launch(
         processors: streaming multiprocessors of the device.
         device: where the plan goes.
         chunk: slots of a split, instead of the plan's own choice.
+        context: whether to read the committed context, and not the trees' own rows alone, which are
+            one piece each.
     """
     count = len(trees)
     sizes = np.array([len(tree.depths) for tree in trees])
     bases = np.array([tree.base for tree in trees])
-    firsts = np.maximum(bases - window + 1, 0) if window >= 0 else np.zeros_like(bases)
+    if not context:
+        firsts, chunk = bases, MAX_ROWS
+    else:
+        firsts = np.maximum(bases - window + 1, 0) if window >= 0 else np.zeros_like(bases)
     lengths = bases + sizes - firsts
     blocks = -(-sizes * group // block_m)
     if chunk is None:

@@ -65,7 +65,8 @@ def _attend_tile(
     return total, new_best, summed * keep + tl.sum(weight, 1)
 
 
-@triton.jit
+# The rows of a step change from step to step and must not have the kernel compiled anew.
+@triton.jit(do_not_specialize=["context_rows"])
 def tree_kernel(
     out_ptr,
     partial_ptr,
@@ -81,6 +82,8 @@ def tree_kernel(
     query_scale_ptr,
     key_scale_ptr,
     value_scale_ptr,
+    context_ptr,
+    context_lse_ptr,
     scale,
     cap,
     window,
@@ -97,6 +100,9 @@ def tree_kernel(
     value_stride_slot,
     value_stride_head,
     table_stride,
+    context_stride_row,
+    context_stride_head,
+    context_rows,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD: tl.constexpr,
@@ -107,6 +113,7 @@ def tree_kernel(
     CAPPED: tl.constexpr,
     QUERY_SCALED: tl.constexpr,
     KV_SCALED: tl.constexpr,
+    RESUMED: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """One row block of one tree against one split of its keys, for one key head."""
@@ -155,6 +162,22 @@ def tree_kernel(
     total = tl.zeros([BLOCK_M, HEAD_PADDED], dtype=tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     summed = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if RESUMED:
+        # The context's own softmax is one key seen before: its log-sum-exp the score, what it
+        # attended to the value. Without a context its log-sum-exp is undefined.
+        attended = tl.where(real, base, 0) > 0
+        at_row = (start + row).to(tl.int64)
+        lse = tl.load(context_lse_ptr + head * context_rows + at_row, mask=attended, other=0.0)
+        best = tl.where(attended, lse * _LOG2_E, best)
+        summed = tl.where(attended, 1.0, summed)
+        total = tl.load(
+            context_ptr
+            + at_row[:, None] * context_stride_row
+            + head[:, None] * context_stride_head
+            + dims[None, :],
+            mask=attended[:, None] & (dims < HEAD)[None, :],
+            other=0.0,
+        ).to(tl.float32)
 
     context_end = tl.minimum(high, base)
     for tile in range(low, context_end, BLOCK_N):

@@ -11,6 +11,9 @@ of SpecInfer (arXiv 2305.09781); the softmax is computed online over key tiles (
 arXiv 2205.14135), in pieces that a second kernel combines by their log-sum-exp when contexts are
 long (Flash-Decoding).  The query heads of a group are stacked as rows, so their keys are read once.
 
+Another kernel may have attended to the contexts. Its result (out, lse) is where the online softmax
+then starts, maximum lse, sum 1 and total out, and only the trees' own rows are read here.
+
 Needs torch and Triton only.  Under ``TRITON_INTERPRET=1`` it runs on CPU tensors.
 """
 
@@ -78,6 +81,19 @@ def choose_tile(rows: int, group: int, head_size: int, dtype: torch.dtype) -> Ti
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """Attention over the committed contexts alone, by another kernel.
+
+    Attributes:
+        attended: [rows, heads, head_size]; last stride 1.
+        lse: float32 [heads, rows], natural log-sum-exp of the scaled scores; last stride 1.
+    """
+
+    attended: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Pieces:
     """Memory for the pieces of split contexts; layers that run one after the other share it.
 
@@ -111,6 +127,7 @@ def tree_attention(
     query_scale: torch.Tensor | None = None,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     pieces: Pieces | None = None,
+    context: Context | None = None,
 ) -> None:
     """Attend the rows of the plan's trees; other rows of ``output`` are not touched.
 
@@ -132,9 +149,11 @@ def tree_attention(
         query_scale: float32 [1]; a float8 query times this is the query.
         kv_scales: float32 [1] each; stored keys and values times these are the keys and values.
         pieces: of the plan, if others have made them already.
+        context: what the rows attend to in the committed contexts, if the plan leaves those out.
 
     Raises:
-        ValueError: a tensor whose last dimension is not contiguous, or heads that do not divide.
+        ValueError: a tensor whose last dimension is not contiguous, heads that do not divide, or a
+            context together with scaled values.
     """
     heads, head_size = query.shape[1:]
     page, kv_heads = keys.shape[1:3]
@@ -144,11 +163,14 @@ def tree_attention(
         raise ValueError(f"the last stride of each must be 1, given are {strides}")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
+    if context is not None and kv_scales is not None:
+        raise ValueError("a context attended elsewhere cannot be scaled with the values here")
     if pieces is None:
         pieces = Pieces.of(plan, heads, head_size, query.device)
     partial, lse = pieces.partial, pieces.lse
     unit = lse  # never read where the flag is off
     key_scale, value_scale = kv_scales or (unit, unit)
+    before = context or Context(unit, unit)
     head_padded = _power_of_2(head_size)
     tree_kernel[(len(plan.items), kv_heads)](
         output,
@@ -165,6 +187,8 @@ def tree_attention(
         unit if query_scale is None else query_scale,
         key_scale,
         value_scale,
+        before.attended,
+        before.lse,
         scale,
         soft_cap,
         window,
@@ -177,6 +201,8 @@ def tree_attention(
         *keys.stride()[:3],
         *values.stride()[:3],
         block_table.stride(0),
+        *before.attended.stride()[:2],
+        before.lse.stride(0),
         GROUP=heads // kv_heads,
         PAGE=page,
         HEAD=head_size,
@@ -187,6 +213,7 @@ def tree_attention(
         CAPPED=soft_cap > 0.0,
         QUERY_SCALED=query_scale is not None,
         KV_SCALED=kv_scales is not None,
+        RESUMED=context is not None,
         FACTOR=_FACTORS[output.dtype],
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -38,6 +38,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     Attributes:
         processors: multiprocessors of the device.
         mover: moves accepted nodes within the caches, if it passed its test.
+        context_routes: what is said of layers whose contexts FlashAttention reads.
     """
 
     touched = hooks.WORKER + hooks.CUDA
@@ -46,6 +47,7 @@ class TreeGPURunnerMixin(TreeRunnerMixin):
     partial_trees = False  # the kernel's rows are the tree's; a few rows more cost a GPU little
     processors = 1
     mover: CacheMover | None = None
+    context_routes: Sequence[str] = ()
 
     _device_step: Any = None
 
@@ -160,7 +162,9 @@ class TreeGPUWorker(Worker):
             prior = runner.measure_forward(CALIBRATION_ROWS)
             runner.start_drafting(prior, AttentionCost())
             names = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
-            trees = " with tree rows in Triton" if runner.trees_refused is None else ""
+            trees = ""
+            if runner.trees_refused is None:
+                trees = ", ".join([" with tree rows in Triton", *runner.context_routes])
             runner.announce("+".join(sorted(names)) + trees, prior)
         return result
 

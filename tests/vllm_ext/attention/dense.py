@@ -103,6 +103,26 @@ class Case:
             out[rows] = torch.einsum("hqk,khd->qhd", weight, value)
         return out
 
+    def context(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the committed contexts alone: [rows, heads, head_size] and its
+        log-sum-exp [heads, rows]; poison where there is none.
+        """
+        attended = torch.full_like(self.query, POISON)
+        lse = torch.full((self.heads, len(self.query)), POISON, device=self.device)
+        group = self.heads // self.kv_heads
+        for row, (base, tree), (key, value) in zip(self.rows, self.trees, self.plain, strict=True):
+            if not base:
+                continue
+            rows = slice(row.start, row.start + len(tree) + 1)
+            key, value = (t[:base].repeat_interleave(group, dim=1) for t in (key, value))
+            score = torch.einsum("qhd,khd->hqk", self.query[rows].cpu().double(), key) * self.scale
+            if self.soft_cap:
+                score = self.soft_cap * torch.tanh(score / self.soft_cap)
+            found = torch.einsum("hqk,khd->qhd", score.softmax(dim=-1), value)
+            attended[rows] = found.to(self.dtype).to(self.device)
+            lse[:, rows] = score.logsumexp(dim=-1).float().to(self.device)
+        return attended, lse
+
 
 def empty_cache(
     layout: str, blocks: int, page: int, heads: int, size: int, dtype: torch.dtype

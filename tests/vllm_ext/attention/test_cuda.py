@@ -378,9 +378,12 @@ def test_layers_of_one_kind_share_what_a_step_needs(monkeypatch: Any) -> None:
     made: list[str] = []
     for name in ("plan_launch", "key_value_views"):
         real = getattr(tree_launch, name)
-        monkeypatch.setattr(
-            tree_launch, name, lambda *args, r=real, n=name: made.append(n) or r(*args)
-        )
+
+        def counted(*args: Any, real: Any = real, name: str = name, **more: Any) -> Any:
+            made.append(name)
+            return real(*args, **more)
+
+        monkeypatch.setattr(tree_launch, name, counted)
     layers = [make_layer(), make_layer()]
     step = batch(layers[0], [TREE])
     caches = [step.cache, step.cache.clone()]

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.vllm_ext.attention.flash_standin import flash_attn_varlen_func
 from vllm_ext.attention import measure
 from vllm_ext.attention.measure import (
     SHAPES,
@@ -29,6 +31,7 @@ from vllm_ext.attention.measure import (
     random_tree,
     table,
 )
+from vllm_ext.attention.measure_flash import Flash
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parents[3]
@@ -94,6 +97,32 @@ def test_the_bench_checks_and_times_the_kernel(dtype: torch.dtype) -> None:
     assert measured.tree.median > 0
     assert measured.stock is None
     assert measured.floor > measured.added > 0
+
+
+@pytest.mark.interpreter
+def test_the_bench_measures_the_other_route_where_there_is_one() -> None:
+    flash = Flash(flash_attn_varlen_func, 2)
+    bench = Bench(TINY, 2, 24, 5, torch.float32, DEVICE)
+    assert bench.error(flash.contexts(bench)) < 1e-5
+    measured = bench.measure(flash, rate=copy_rate(DEVICE, 1 << 20))
+    assert measured.flash is not None
+    assert measured.flash.median > 0
+    assert measured.stock is not None
+    assert measured.stock.median > 0
+    if not torch.cuda.is_available():
+        assert Flash.installed() is None
+    wrong = Flash(lambda **given: flash_attn_varlen_func(**{**given, "softmax_scale": 1.0}), 2)
+    assert bench.error(wrong.contexts(bench)) > 1e-2
+
+
+def test_the_faster_route_is_compared() -> None:
+    slow, fast = Timing(60.0, 59.0, 61.0), Timing(45.0, 44.0, 46.0)
+    both = replace(result(60.0, 40.0), flash=fast, flash_host=9.0)
+    assert both.ratio == pytest.approx(45 / (40 + 10))
+    assert replace(both, tree=fast, flash=slow).ratio == both.ratio
+    line = table([both]).splitlines()[2]
+    assert "| 60.0 (59.0-61.0) | 45.0 (44.0-46.0) |" in line
+    assert line.endswith("| 5, 9 |")
 
 
 @pytest.mark.interpreter

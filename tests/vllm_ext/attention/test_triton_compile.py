@@ -42,14 +42,15 @@ def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], a
 
 
 @pytest.mark.parametrize(
-    ("arch", "shared", "head", "dtype", "stored", "special"),
+    ("arch", "shared", "head", "dtype", "stored", "special", "resumed"),
     [
-        (90, HOPPER_SHARED, 128, "bf16", "fp8e4nv", True),
-        (80, AMPERE_SHARED, 256, "fp16", "fp16", False),
+        (90, HOPPER_SHARED, 128, "bf16", "fp8e4nv", True, False),
+        (80, AMPERE_SHARED, 256, "fp16", "fp16", False, False),
+        (90, HOPPER_SHARED, 128, "bf16", "bf16", False, True),
     ],
 )
 def test_the_tree_kernel(
-    arch: int, shared: int, head: int, dtype: str, stored: str, special: bool
+    arch: int, shared: int, head: int, dtype: str, stored: str, special: bool, resumed: bool
 ) -> None:
     import triton.language as tl
 
@@ -68,6 +69,7 @@ def test_the_tree_kernel(
         "CAPPED": special,
         "QUERY_SCALED": False,
         "KV_SCALED": special,
+        "RESUMED": resumed,
         "FACTOR": {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype],
         "warps": tile.warps,
     }
@@ -78,6 +80,8 @@ def test_the_tree_kernel(
         "value_ptr": f"*{stored}",
         "partial_ptr": "*fp32",
         "lse_ptr": "*fp32",
+        "context_ptr": f"*{dtype}",
+        "context_lse_ptr": "*fp32",
         "words_ptr": "*i64",
         "query_scale_ptr": "*fp32",
         "key_scale_ptr": "*fp32",
@@ -139,6 +143,14 @@ def test_the_move_kernel(arch: int) -> None:
     made = compiled(move_kernel, constants, dict.fromkeys(names, "*i64"), arch)
     assert made.asm["cubin"]
     assert spilled(made.asm["ptx"], arch) == 0
+
+
+def test_no_step_has_the_tree_kernel_compiled_anew() -> None:
+    from vllm_ext.attention.triton_kernels import tree_kernel
+
+    params = {param.name: param for param in tree_kernel.params}
+    assert params["context_rows"].do_not_specialize
+    assert not params["key_stride_slot"].do_not_specialize
 
 
 def test_no_step_has_the_move_kernel_compiled_anew() -> None:

@@ -29,11 +29,13 @@ def random_tree(nodes: int, seed: int) -> TokenTree:
     return TokenTree(tuple(range(nodes)), parents, (0.5,) * nodes)
 
 
-def attend(case: Case, chunk: int | None = None, plan: Any = None) -> torch.Tensor:
+def attend(
+    case: Case, chunk: int | None = None, plan: Any = None, context: Any = None
+) -> torch.Tensor:
     """Run the kernel on NaN-poisoned output that lies inside a guarded buffer."""
-    from vllm_ext.attention.triton_tree import tree_attention
+    from vllm_ext.attention.triton_tree import Context, tree_attention
 
-    tile, made = make_plan(case, chunk)
+    tile, made = make_plan(case, chunk, context is None)
     rows, heads, size = case.query.shape
     guarded = torch.full(
         (rows + 2, heads + 1, size + 16), GUARD, dtype=case.dtype, device=case.device
@@ -53,12 +55,13 @@ def attend(case: Case, chunk: int | None = None, plan: Any = None) -> torch.Tens
         case.soft_cap,
         query_scale=scales[0] if scales else None,
         kv_scales=(scales[1], scales[2]) if scales else None,
+        context=Context(*context) if context else None,
     )
     assert (guarded == GUARD).sum() == guarded.numel() - output.numel()
     return output.clone()
 
 
-def make_plan(case: Case, chunk: int | None = None) -> Any:
+def make_plan(case: Case, chunk: int | None = None, context: bool = True) -> Any:
     from vllm_ext.attention.tree_plan import plan_launch
     from vllm_ext.attention.triton_tree import choose_tile
 
@@ -75,6 +78,7 @@ def make_plan(case: Case, chunk: int | None = None) -> Any:
         processors=1,
         device=torch.device(case.device),
         chunk=chunk,
+        context=context,
     )
 
 
@@ -123,6 +127,58 @@ def cases(draw: Any) -> tuple[Case, int | None]:
 @given(cases())
 def test_equals_dense_attention(drawn: tuple[Case, int | None]) -> None:
     check(*drawn)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(cases())
+def test_goes_on_from_a_context_that_was_attended_elsewhere(
+    drawn: tuple[Case, int | None],
+) -> None:
+    case, _ = drawn
+    case.window = -1
+    expected = case.expected()
+    context = case.context()
+    before = case.cache.clone().view(torch.uint8)
+    for row in case.rows:  # of the contexts nothing is read any more
+        slot = torch.arange(row.base, device=case.device)
+        block = case.table[row.request].long()[slot // case.page]
+        case.keys[block, slot % case.page] = float("nan")
+        case.values[block, slot % case.page] = float("nan")
+    poisoned = case.cache.clone().view(torch.uint8)
+    output = attend(case, context=context)
+    assert relative_error(output, expected) < EXACT
+    assert torch.equal(output.cpu().isnan(), expected.isnan())
+    assert torch.equal(case.cache.view(torch.uint8), poisoned)
+    assert any(row.base for row in case.rows) != torch.equal(before, poisoned)
+
+
+def test_a_context_in_the_dtype_of_the_model() -> None:
+    case = Case(
+        [(50, random_tree(20, 1)), (0, random_tree(3, 2))], dtype=torch.bfloat16, device=DEVICE
+    )
+    expected = case.expected()
+    assert relative_error(attend(case, context=case.context()), expected) < 2e-2
+
+
+@pytest.mark.parametrize("broken", ["lse in another base", "lse of another row", "no context"])
+def test_a_wrong_context_is_seen(broken: str) -> None:
+    case = sample_case()
+    expected = case.expected()
+    attended, lse = case.context()
+    assert relative_error(attend(case, context=(attended, lse)), expected) < EXACT
+    if broken == "lse in another base":
+        lse = lse / np.log(2.0)
+    elif broken == "lse of another row":
+        lse = lse.roll(1, dims=1)
+    else:
+        attended = torch.zeros_like(attended)
+    assert relative_error(attend(case, context=(attended, lse)), expected) > 1e-2
 
 
 @pytest.mark.parametrize("nodes", [63, 64, 127])
@@ -266,6 +322,14 @@ def test_reading_past_the_last_row_is_seen() -> None:
     case.query = torch.cat([case.query, case.query[:1]])
     case.rows = [replace(case.rows[0], words=words, depths=depths)]
     assert attend(case).isnan().any()
+
+
+def test_a_context_cannot_have_scaled_values() -> None:
+    case = Case([(9, random_tree(2, 0))], device=DEVICE)
+    context = case.context()
+    case.scales = (1.0, 2.0, 3.0)
+    with pytest.raises(ValueError, match="scaled"):
+        attend(case, context=context)
 
 
 def test_bad_shapes_are_refused() -> None:
