@@ -175,6 +175,12 @@ class Layerwise(DySpec):
     ) -> list[TokenTree]:
         """See `Grower.grow`."""
         self.spent = 0.0
+        wanted = [draftee.request for draftee in draftees if draftee.limit]
+        asked = self._asked_about(draftees, wanted, cost, base_rows, base_tokens)
+        if not asked:
+            return super().grow(
+                draftees, cost, base_rows=base_rows, base_tokens=base_tokens, most=most
+            )
         contexts = [
             _Contexts(self.mixture, 0, self.mixture.root(draftee.request)) for draftee in draftees
         ]
@@ -194,28 +200,6 @@ class Layerwise(DySpec):
             return growths, trees
 
         growths, trees = grown()
-        wanted = [draftee.request for draftee in draftees if draftee.limit]
-        asked = wanted
-        step = cost.seconds(base_rows)
-        # A step beside a long prompt takes many times as long; those to come do not.
-        usual = min(step, cost.seconds(max(1, round(base_tokens))))
-        count = len(draftees)
-        deciding = base_rows == count  # what pays beside a prompt says nothing of other steps
-        if not self._free:
-            self._allowance += _READING_SHARE * step if self._gates else _AT_FIRST * usual
-            self.gate = self._gate(count)
-        if self.gate is not None:
-            if not wanted:
-                return trees
-            if deciding:
-                if not self.gate.wants_draft(count):
-                    asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
-            elif not self.gate.is_open:
-                asked = []
-            left = {draftee.request: draftee.left for draftee in draftees}
-            asked = self._affordable(asked, left, usual)
-        if not asked:
-            return trees
         without = trees
         self._passes = []
         self._charge(sum(min(self._predictor.debt(request), FAIR_DEBT) for request in asked))
@@ -248,7 +232,8 @@ class Layerwise(DySpec):
             if closed:
                 self._allowance -= self.spent - reading
             gain = (1.0 + after) / (1.0 + before) - 1.0
-            if deciding and self.gate.decide(gain, count):
+            step, usual = _times(cost, base_rows, base_tokens)
+            if base_rows == len(draftees) and self.gate.decide(gain, base_rows):
                 saved = _REINVESTED * max(0.0, self.gate.gain) * step
                 self._allowance = max(
                     self._allowance, min(self._allowance + saved, _EARNED_IN * usual)
@@ -256,6 +241,28 @@ class Layerwise(DySpec):
             if closed:  # it was paid for here, and says nothing of the other sources
                 self.spent = cost.worth(base_rows, trees, cost.gain(base_rows, without))
         return trees
+
+    def _asked_about(
+        self,
+        draftees: Sequence[Draftee],
+        wanted: Sequence[str],
+        cost: StepCost,
+        base_rows: int,
+        base_tokens: float,
+    ) -> Sequence[str]:
+        """The requests that the model is asked about in this step, of those that want a tree."""
+        if self._free:
+            return wanted
+        step, usual = _times(cost, base_rows, base_tokens)
+        self._allowance += _READING_SHARE * step if self._gates else _AT_FIRST * usual
+        self.gate = self._gate(len(draftees))
+        asked = wanted
+        if base_rows > len(draftees):  # what pays beside a prompt says nothing of other steps
+            asked = wanted if self.gate.is_open else []
+        elif wanted and not self.gate.wants_draft(base_rows):
+            asked = [] if self.gate.is_open else [r for r in wanted if r not in self._asked]
+        left = {draftee.request: draftee.left for draftee in draftees}
+        return self._affordable(asked, left, usual)
 
     def _gate(self, count: int) -> Gate:
         """The gate for batches of so many requests. Only the first one begins open: what another
@@ -398,6 +405,14 @@ class Layerwise(DySpec):
         for greedy, (children, parents) in kept.items():
             if parents > 0.0:
                 self._kept[greedy] += _KEPT_RATE * (children / parents - self._kept[greedy])
+
+
+def _times(cost: StepCost, base_rows: int, base_tokens: float) -> tuple[float, float]:
+    """Seconds of this step without drafts, and of those to come: beside a long prompt one takes
+    many times as long.
+    """
+    step = cost.seconds(base_rows)
+    return step, min(step, cost.seconds(max(1, round(base_tokens))))
 
 
 def _as_if(trees: Sequence[TokenTree], chosen: Sequence[int]) -> list[TokenTree]:
