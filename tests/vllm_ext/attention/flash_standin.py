@@ -32,10 +32,10 @@ def flash_attn_varlen_func(
     page, group = k.shape[1], q.shape[1] // k.shape[2]
     out = torch.empty_like(q) if out is None else out
     assert out.shape == q.shape
-    lse = torch.full((q.shape[1], q.shape[0]), float("inf"))
+    lse = torch.full((q.shape[1], q.shape[0]), float("inf"), device=q.device)
     for request, length in enumerate(lengths):
         rows = slice(starts[request], starts[request + 1])
-        slot = torch.arange(length)
+        slot = torch.arange(length, device=q.device)
         block = block_table[request].long()[slot // page]
         keys, values = (
             side[block, slot % page].double().repeat_interleave(group, dim=1) for side in (k, v)
@@ -45,7 +45,7 @@ def flash_attn_varlen_func(
             score = softcap * torch.tanh(score / softcap)
         if causal:
             size = rows.stop - rows.start
-            late = torch.arange(length - size, length)[:, None] < slot[None, :]
+            late = slot[length - size :, None] < slot[None, :]
             score.masked_fill_(late, float("-inf"))
         out[rows] = torch.einsum("hqk,khd->qhd", score.softmax(dim=-1), values).to(out.dtype)
         if length:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stock CUDA attention backend, in torch, with vLLM's interface: what ours wraps in tests."""
+"""A stock CUDA attention backend, in torch, with vLLM's interface: what ours wraps in tests.
+
+Its tensors lie on the GPU where there is one: there the kernels are compiled, not interpreted.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 
 HEADS, KV_HEADS, HEAD, PAGE = 4, 2, 64, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class StockImpl:
@@ -49,11 +53,11 @@ class StockImpl:
         for request, length in enumerate(attn_metadata.seq_lens.tolist()):
             rows = slice(starts[request], starts[request + 1])
             size = rows.stop - rows.start
-            slot = torch.arange(length)
+            slot = torch.arange(length, device=kv_cache.device)
             block = attn_metadata.block_table[request].long()[slot // PAGE]
             stored = kv_cache[block, :, slot % PAGE].repeat_interleave(HEADS // KV_HEADS, dim=1)
             score = torch.einsum("qhd,khd->hqk", query[rows], stored[..., :HEAD]) * self.scale
-            distance = torch.arange(length - size, length)[:, None] - slot[None, :]
+            distance = slot[length - size :, None] - slot[None, :]
             hidden = distance < 0
             if self.sliding_window[0] >= 0:
                 hidden |= distance > self.sliding_window[0]
@@ -94,6 +98,6 @@ def make_layer(window: int = -1, blocks: int = 8) -> Any:
     return SimpleNamespace(
         impl=impl(window),
         layer_name="layer",
-        kv_cache=torch.zeros(blocks, KV_HEADS, PAGE, 2 * HEAD),
+        kv_cache=torch.zeros(blocks, KV_HEADS, PAGE, 2 * HEAD, device=DEVICE),
         query_quant=None,
     )

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from proposers.tree import TokenTree
 from tests.vllm_ext.attention.gpu_layer import (
+    DEVICE,
     HEAD,
     HEADS,
     KV_HEADS,
@@ -46,16 +47,18 @@ def batch(layer: Any, drafts: list[TokenTree | int]) -> SimpleNamespace:
     trees = {f"r{i}": d for i, d in enumerate(drafts) if not isinstance(d, int)}
     ids = [f"r{i}" for i in range(len(drafts))]
     step = build_step(ids, {r: t.tokens for r, t in trees.items()}, trees, starts, bases)
+    if step.attention is not None:
+        step.attention.rows = step.attention.rows.to(DEVICE)
     pages = [-(-(int(b) + s) // PAGE) for b, s in zip(bases, sizes, strict=True)]
-    table = torch.zeros((len(drafts), max(pages)), dtype=torch.int32)
-    order = 1 + torch.randperm(sum(pages))
-    cache = torch.full((sum(pages) + 1, KV_HEADS, PAGE, 2 * HEAD), float("nan"))
+    table = torch.zeros((len(drafts), max(pages)), dtype=torch.int32, device=DEVICE)
+    order = 1 + torch.randperm(sum(pages)).to(DEVICE)
+    cache = torch.full((sum(pages) + 1, KV_HEADS, PAGE, 2 * HEAD), float("nan"), device=DEVICE)
     rows = []
     for i, (base, size) in enumerate(zip(bases.tolist(), sizes, strict=True)):
         table[i, : pages[i]] = order[sum(pages[:i]) : sum(pages[: i + 1])]
-        slot = torch.arange(base + size)
+        slot = torch.arange(base + size, device=DEVICE)
         slots = table[i].long()[slot // PAGE] * PAGE + slot % PAGE
-        fresh = torch.randn(2, base + size, KV_HEADS, HEAD)
+        fresh = torch.randn(2, base + size, KV_HEADS, HEAD).to(DEVICE)
         layer.impl.do_kv_cache_update(layer, fresh[0], fresh[1], cache, slots)
         rows.append(fresh[:, base:])
     keys, values = torch.cat(rows, dim=1)
@@ -63,7 +66,7 @@ def batch(layer: Any, drafts: list[TokenTree | int]) -> SimpleNamespace:
     metadata = SimpleNamespace(
         query_start_loc=torch.from_numpy(starts), seq_lens=lengths, block_table=table
     )
-    query = torch.randn(int(starts[-1]), HEADS, HEAD)
+    query = torch.randn(int(starts[-1]), HEADS, HEAD).to(DEVICE)
     return SimpleNamespace(
         step=step,
         starts=starts,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from proposers.tree import TokenTree
-from tests.vllm_ext.attention.gpu_layer import HEAD, KV_HEADS, PAGE, make_layer
+from tests.vllm_ext.attention.gpu_layer import DEVICE, HEAD, KV_HEADS, PAGE, make_layer
 from vllm_ext.worker.commit import commit
 from vllm_ext.worker.step import AttentionStep, TreeRows
 
@@ -25,7 +25,7 @@ BLOCKS = 8
 
 def step() -> AttentionStep:
     trees = [TreeRows.build(0, 0, 20, TREE), TreeRows.build(2, 10, 20, SMALL)]
-    rows = torch.tensor([*range(9), *range(10, 14)])
+    rows = torch.tensor([*range(9), *range(10, 14)], device=DEVICE)
     return AttentionStep(trees, rows, only_trees=False)
 
 
@@ -37,7 +37,7 @@ def filled(names: list[str], seed: int = 0) -> tuple[dict[str, Any], dict[str, t
         layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape, generator=chance))
     slots = torch.randperm(BLOCKS, generator=chance)[:4].repeat_interleave(4) * PAGE
     slots = (slots + torch.arange(16) % 16)[:ROWS]
-    return layers, dict.fromkeys(names, slots)
+    return layers, dict.fromkeys(names, slots.to(DEVICE))
 
 
 def written(layers: dict[str, Any], mappings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_caches_of_two_shapes_and_one_that_is_shared() -> None:
     from vllm_ext.attention.cuda_move import CacheMover
 
     layers, mappings = filled(["a", "b", "c"])
-    layers["b"].kv_cache = torch.randn(2 * BLOCKS, KV_HEADS, PAGE, 2 * HEAD)[::2]
+    layers["b"].kv_cache = torch.randn(2 * BLOCKS, KV_HEADS, PAGE, 2 * HEAD).to(DEVICE)[::2]
     wanted = written(layers, mappings)
     layers["c"].kv_cache = layers["a"].kv_cache  # which would be moved twice
     layers["c"].impl.kv_sharing_target_layer_name = "a"
@@ -95,7 +95,7 @@ def test_caches_that_are_allocated_anew_are_found() -> None:
     layers, mappings = filled(["a"])
     mover = CacheMover([["a"]], layers)
     mover.commit(step(), PATHS, mappings)
-    layers["a"].kv_cache = torch.randn(layers["a"].kv_cache.shape)
+    layers["a"].kv_cache = torch.randn_like(layers["a"].kv_cache)
     wanted = written(layers, mappings)
     mover.commit(step(), PATHS, mappings)
     assert torch.equal(layers["a"].kv_cache, wanted["a"])
@@ -127,7 +127,7 @@ def test_the_self_test_stays_within_its_scratch_caches(page: int) -> None:
     from vllm_ext.attention import cuda_move
 
     layer = make_layer(blocks=2)
-    layer.kv_cache = torch.zeros(2, KV_HEADS, page, 2 * HEAD)
+    layer.kv_cache = torch.zeros(2, KV_HEADS, page, 2 * HEAD, device=DEVICE)
     keys, _ = cuda_move._scratch(layer, 0)
     slots, *_ = cuda_move._trial(keys.device)
     assert int(slots.max()) < keys.shape[0] * page

@@ -61,7 +61,8 @@ def test_padding_is_left_out(calls: list[Any]) -> None:
     layer = flash_layer()
     made = batch(layer, [TREE, CHAIN])
     expected = forward(layer, made)
-    made.query = torch.cat([made.query, torch.full((5, *made.query.shape[1:]), float("nan"))])
+    padding = made.query.new_full((5, *made.query.shape[1:]), float("nan"))
+    made.query = torch.cat([made.query, padding])
     padded = forward(layer, made)
     assert [len(given["q"]) for given in calls] == [8, 8]
     assert torch.equal(padded[:8], expected)
