@@ -454,6 +454,13 @@ CUDA = (
         "stays: it is called, not changed",
     ),
     Hook(
+        "kv-strides",
+        "vllm.utils.torch_utils:canonicalize_singleton_dim_strides",
+        ("t",),
+        "FlashAttention gets keys and values with strides that its loads take, as from vLLM",
+        "stays: it is called, not changed",
+    ),
+    Hook(
         "metadata-builder",
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         ("self", "common_prefix_len", "common_attn_metadata"),

@@ -11,6 +11,7 @@ FlashInfer (arXiv 2501.01005).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,15 @@ _VERSIONS = (2, 3)  # 4 compiles kernels while requests wait
 
 @functools.cache
 def flash_attention() -> Callable[..., Any] | None:
-    """vLLM's FlashAttention over variable lengths, or ``None`` where it is not built."""
+    """vLLM's FlashAttention over variable lengths, or ``None`` where it is not built or takes other
+    arguments than we know.
+    """
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    return flash_attn_varlen_func  # type: ignore[no-any-return]
+    known = set(PARAMETERS) <= set(inspect.signature(flash_attn_varlen_func).parameters)
+    return flash_attn_varlen_func if known else None
 
 
 def why_no_flash_context(impl: Any) -> str | None:

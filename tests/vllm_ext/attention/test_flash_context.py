@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +136,20 @@ def test_without_flash_attention() -> None:
     if flash_context.flash_attention() is not None:
         pytest.skip("it is here")
     assert "not FlashAttention" in str(why_no_flash_context(flash_layer().impl))
+
+
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [(flash_attn_varlen_func, True), (lambda q, k, v, **more: None, False)],
+)
+def test_a_function_that_takes_other_arguments_is_not_called(
+    monkeypatch: Any, function: Any, taken: bool
+) -> None:
+    module = SimpleNamespace(flash_attn_varlen_func=function)
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    found = flash_context.flash_attention.__wrapped__()  # what is remembered stays as it is
+    assert (found is function) == taken
+    assert (found is None) != taken
 
 
 # -- drift, read as source where it cannot be imported ----------------------------------------
