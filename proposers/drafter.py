@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from proposers.cost_model import CostModel
 from proposers.dyspec import DySpec, DySpecOptions
 from proposers.gate import Gate
-from proposers.grower import Draftee, Grower
+from proposers.grower import ENDLESS, Draftee, Grower
 from proposers.mixture import Mixture
 from proposers.recycling import BigramRecycling, TrigramRecycling
 from proposers.source import Source, StateSource, VerifiedRows
@@ -94,7 +94,7 @@ class TreeDrafter:
         greedy: bool,
         chain: bool = False,
         namespace: int = 0,
-        longest: int = 2**31,
+        longest: int = ENDLESS,
     ) -> None:
         """Begin a request, or begin it anew after a preemption.
 

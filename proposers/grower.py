@@ -11,6 +11,9 @@ from proposers.source import Source
 from proposers.step_cost import StepCost
 from proposers.tree import ROOT, TokenTree
 
+ENDLESS = 2**31
+"""Tokens of a request whose end is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draftee:
@@ -28,7 +31,7 @@ class Draftee:
     greedy: bool
     chain: bool
     limit: int
-    left: int = 2**31
+    left: int = ENDLESS
 
 
 def cut(

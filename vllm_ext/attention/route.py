@@ -133,7 +133,7 @@ def route_of(ratios: Mapping[int, Mapping[int, float]]) -> Route | None:
         ratios: time with FlashAttention over that without, by batch and context.
 
     Returns:
-        As `choose_route`.
+        As `find_route`.
     """
     begins = []
     for batch, by_context in sorted(ratios.items()):

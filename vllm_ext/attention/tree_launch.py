@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
+from vllm_ext.attention.flash_context import attend_contexts
 from vllm_ext.attention.tree_plan import MAX_ROWS, LaunchPlan, RowTree, plan_launch
 from vllm_ext.attention.triton_tree import Pieces, Tile, choose_tile, tree_attention
 from vllm_ext.worker.step import AttentionStep, Step
@@ -210,8 +211,6 @@ class TreeLaunch:
         keys, values = known[1]
         context = None
         if apart:
-            from vllm_ext.attention.flash_context import attend_contexts
-
             context = attend_contexts(impl, query, keys, values, self.block_table, self.step)
         tree_attention(
             query,
@@ -266,10 +265,10 @@ def key_value_views(
         cache = cache.view(_FLOAT8[cache_dtype])
     if cache.ndim == 4 and cache.shape[3] == 2 * head_size:
         cache = cache.transpose(1, 2)
-        # FlashAttention's loads want every stride aligned, also where a dimension has size 1.
         keys, values = cache[..., :head_size], cache[..., head_size:]
-        return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
-    if cache.ndim == 5 and cache.shape[4] == head_size and 2 in cache.shape[:2]:
+    elif cache.ndim == 5 and cache.shape[4] == head_size and 2 in cache.shape[:2]:
         keys, values = cache.unbind(0 if cache.shape[0] == 2 else 1)
-        return keys, values
-    raise ValueError(f"KV cache of shape {tuple(cache.shape)} for head size {head_size}")
+    else:
+        raise ValueError(f"KV cache of shape {tuple(cache.shape)} for head size {head_size}")
+    # FlashAttention's loads want every stride aligned, also where a dimension has size 1.
+    return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from proposers.drafter import TreeDrafter
+from proposers.grower import ENDLESS
 from proposers.merging import WIDTH
 from proposers.source import VerifiedRows
 from proposers.tree import TokenTree
@@ -70,16 +71,16 @@ class Drafting:
         """
         params = state.sampling_params
         self._known[request_id] = state.num_tokens
-        limit: dict[str, int] = {}
+        longest = ENDLESS
         if params.max_tokens is not None:
-            limit["longest"] = state.num_tokens - len(state.output_token_ids) + params.max_tokens
+            longest = state.num_tokens - len(state.output_token_ids) + params.max_tokens
         self.drafter.start(
             request_id,
             [*(state.prompt_token_ids or ()), *state.output_token_ids],
             greedy=params.temperature < 1e-5,
             chain=not self._branching or params.structured_outputs is not None,
             namespace=_adapter(state),
-            **limit,
+            longest=longest,
         )
 
     def stop(self, request_id: str) -> None:

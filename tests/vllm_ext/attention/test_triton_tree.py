@@ -20,6 +20,12 @@ pytestmark = pytest.mark.interpreter
 
 EXACT = 1e-5  # relative error in float32
 GUARD = 1024.0  # far from any output
+INTERPRETED = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -117,25 +123,13 @@ def cases(draw: Any) -> tuple[Case, int | None]:
     return case, draw(st.sampled_from([None, None, 16, 48]))
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(INTERPRETED, max_examples=60)
 @given(cases())
 def test_equals_dense_attention(drawn: tuple[Case, int | None]) -> None:
     check(*drawn)
 
 
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(INTERPRETED, max_examples=20)
 @given(cases())
 def test_goes_on_from_a_context_that_was_attended_elsewhere(
     drawn: tuple[Case, int | None],
